@@ -1,0 +1,1 @@
+"""Amber: LLaMA-7B as LLM360 trained it, at any size."""

@@ -1,0 +1,22 @@
+"""Root-mean-square normalisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from layers.params import param
+
+
+class RMSNorm(nnx.Module):
+    """``x * rsqrt(mean(x^2) + eps) * scale`` in float32, then cast back to x's dtype (fact sheet 1.2)."""
+
+    def __init__(self, width: int, eps: float, key: jax.Array):
+        self.eps = eps
+        self.scale = param(jax.nn.initializers.ones, key, (width,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)

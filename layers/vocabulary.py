@@ -1,0 +1,84 @@
+"""The two ends of a language model, with the vocabulary split over ``tensor``: lookup, logits, cross-entropy.
+
+No device ever holds logits over the whole vocabulary while training (design section 7).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from layers.params import Initializer, param
+from layers.region import Region
+from parallel.axes import TENSOR
+from parallel.collectives import axis_index, pmax, psum
+
+
+class Embedding(nnx.Module):
+    """Token table [V, D]. The row of ``padding_id`` starts at zero and gets no gradient, as in torch (fact sheet 1.4)."""
+
+    def __init__(self, vocab: int, embed: int, init: Initializer, key: jax.Array, padding_id: int | None):
+        self.padding_id = padding_id
+        self.table = param(init, key, (vocab, embed), ("vocab", "embed"))
+        if padding_id is not None:
+            self.table[...] = self.table[...].at[padding_id].set(0.0)
+
+    def __call__(self, tokens: jax.Array, region: Region) -> jax.Array:
+        """int32 [B, S] -> residual stream."""
+        table = self.table[...]  # [V/tensor, D]
+        local, here = _localise(tokens, table.shape[0])
+        x = jnp.where(here[..., None], table[local], 0)
+        if self.padding_id is not None:
+            x = jnp.where((tokens == self.padding_id)[..., None], lax.stop_gradient(x), x)
+        return region.residual(region.leave(x))
+
+
+class Head(nnx.Module):
+    """Output projection [D, V]."""
+
+    def __init__(self, embed: int, vocab: int, init: Initializer, key: jax.Array):
+        self.kernel = param(init, key, (embed, vocab), ("embed", "vocab"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] -> this device's part of the logits, float32 [B, S, V/tensor]."""
+        return jnp.einsum("bsd,dv->bsv", x, self.kernel[...], preferred_element_type=jnp.float32)
+
+
+def cross_entropy(head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array, chunks: int) -> jax.Array:
+    """Weighted sum of ``-log p(target)`` over rows and positions, float32 scalar, equal on all of ``tensor``.
+
+    Args:
+        head: gives [B, S, V/tensor] logits.
+        x: [B, S, D], whole rows.
+        targets: int32 [B, S].
+        weights: float32 [B, S].
+        chunks: pieces along S; with more than one, each piece's logits are made again in the backward pass.
+    """
+
+    def piece(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = head(x)
+        highest = pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), TENSOR)
+        total = psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), TENSOR)
+        local, here = _localise(targets, logits.shape[-1])
+        chosen = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
+        chosen = psum(jnp.where(here, chosen, 0.0), TENSOR)
+        return jnp.sum((jnp.log(total) + highest - chosen) * weights)
+
+    if chunks == 1:
+        return piece(x, targets, weights)
+
+    def split(a: jax.Array) -> jax.Array:  # [B, S, ...] -> [chunks, B, S/chunks, ...]
+        return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
+
+    step = jax.checkpoint(piece, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    # The carry starts as zeros made from the weights, so that it varies over the same mesh axes as what is added.
+    total, _ = lax.scan(
+        lambda total, a: (total + step(*a), None), jnp.sum(weights * 0.0), (split(x), split(targets), split(weights))
+    )
+    return total
+
+
+def _localise(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Ids as indices into this device's slice of ``size`` entries, and which of them lie in it."""
+    local = ids - axis_index(TENSOR) * size
+    return jnp.clip(local, 0, size - 1), (local >= 0) & (local < size)

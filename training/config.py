@@ -1,0 +1,312 @@
+"""A whole run as one frozen, validated value: what a recipe returns and what ``RUN/config.json`` holds."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from errors import UserError
+from layers import params
+from layers.model import ModelConfig
+from layers.region import Region
+from parallel.axes import BATCH_AXES, TENSOR
+from parallel.mesh import MeshConfig
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise UserError(f"config: {name}={value} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, in which portions. Order is the prepared data's own (`data.packing`)."""
+
+    global_batch: int
+    """Sequences per optimizer step over the whole mesh."""
+    sequence_length: int
+    """Tokens per sequence that are predicted; samples hold one more."""
+    chunks: int | None
+    """Chunks of the phase; None = as many as the prepared data has."""
+    samples_per_chunk: int | None
+    """Sequences in a chunk; None = as in the prepared data."""
+    validation_per_source: int
+    """Sequences that `prepare` draws from every source for validation."""
+    seed: int
+    """Seed of the validation draw and of the order inside chunks."""
+    workers: int = 0
+    """Loader processes; does not change what is read."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "sequence_length", "chunks", "samples_per_chunk"):
+            _at_least(f"data.{name}", getattr(self, name), 1)
+        for name in ("validation_per_source", "seed", "workers"):
+            _at_least(f"data.{name}", getattr(self, name), 0)
+        if self.samples_per_chunk is not None and self.samples_per_chunk < self.global_batch:
+            raise UserError(
+                f"config: data.global_batch={self.global_batch} is larger than a chunk of {self.samples_per_chunk} "
+                "samples, so that no step fits; lower data.global_batch or prepare fewer, larger chunks"
+            )
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Whole batches in a chunk; the rest of the chunk is not used (fact sheet 2.1: 762, 96 left)."""
+        if self.samples_per_chunk is None:
+            raise ValueError("samples_per_chunk is not known before the config is resolved with its data")
+        return self.samples_per_chunk // self.global_batch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        if self.chunks is None:
+            raise ValueError("chunks is not known before the config is resolved with its data")
+        return self.chunks * self.steps_per_chunk
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens per step."""
+        return self.global_batch * self.sequence_length
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in torch, linear warm-up and cosine decay (fact sheet 2.1)."""
+
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    """Steps from a learning rate of exactly 0 to the peak."""
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    """On every parameter, norms and embeddings included."""
+    clip_norm: float
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("peak_learning_rate", "final_learning_rate", "weight_decay", "warmup_steps"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("eps", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the step is carried out; changes speed and memory, and results only by rounding."""
+
+    compute_dtype: Literal["float32", "bfloat16"]
+    """Dtype of matrices and activations; master weights and optimizer state are float32."""
+    microbatches: int
+    """The global batch is worked off in this many parts, gradients summed in float32."""
+    gather: Literal["once", "layer"]
+    """Weights are gathered over fsdp once per step, or in each layer (ZeRO-3)."""
+    remat: Literal["none", "dots", "full"]
+    """What a layer keeps for its backward pass: everything, matrix products, or nothing."""
+    loss_chunks: int
+    """Pieces along the sequence in which logits and loss are computed."""
+
+    def __post_init__(self) -> None:
+        _at_least("execution.microbatches", self.microbatches, 1)
+        self.region  # validates the rest
+
+    @property
+    def region(self) -> Region:
+        """The manual region that these choices describe."""
+        return Region(self.compute_dtype, self.gather, self.remat, self.loss_chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesConfig:
+    """What is kept. A series checkpoint is written after every chunk, and one before the first step."""
+
+    rolling_every_steps: int
+    """Steps between checkpoints that are kept only to resume."""
+
+    def __post_init__(self) -> None:
+        _at_least("series.rolling_every_steps", self.rolling_every_steps, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run. Recipes (`amber_jax.recipes`) return one; the command line changes single fields of it."""
+
+    recipe: str
+    """Name of the recipe it came from."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    execution: ExecutionConfig
+    series: SeriesConfig
+    mesh: MeshConfig
+    """Degrees of parallelism, as ``data=2,fsdp=2``."""
+    seed: int
+    """Initial weights are a pure function of the model and this."""
+
+    def __post_init__(self) -> None:
+        d, e = self.data, self.execution
+        if d.sequence_length > self.model.context_length:
+            raise UserError(
+                f"config: data.sequence_length={d.sequence_length} is longer than the model's context of "
+                f"{self.model.context_length}; shorten it or raise model.context_length"
+            )
+        if d.global_batch % e.microbatches:
+            raise UserError(
+                f"config: execution.microbatches={e.microbatches} does not divide data.global_batch={d.global_batch}"
+            )
+        if d.sequence_length % e.loss_chunks:
+            raise UserError(
+                f"config: execution.loss_chunks={e.loss_chunks} does not divide "
+                f"data.sequence_length={d.sequence_length}"
+            )
+        _at_least("seed", self.seed, 0)
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Refuse a mesh that does not divide the model, the batch or the sequence (UserError), before any compile."""
+        params.check_divides(self.model.abstract, mesh.degrees)
+        rows, degrees = self.data.global_batch // self.execution.microbatches, mesh.degrees
+        ways = degrees[BATCH_AXES[0]] * degrees[BATCH_AXES[1]]
+        if rows % ways:
+            raise UserError(
+                f"mesh: {'*'.join(BATCH_AXES)} = {ways} does not divide the {rows} rows of a microbatch "
+                f"(data.global_batch={self.data.global_batch} / execution.microbatches="
+                f"{self.execution.microbatches}); change one of them"
+            )
+        if self.data.sequence_length % degrees[TENSOR]:
+            raise UserError(
+                f"mesh: tensor = {degrees[TENSOR]} does not divide data.sequence_length={self.data.sequence_length}, "
+                "and activations between matrices are split along the sequence"
+            )
+
+    def resolve(self, data: Any) -> "RunConfig":
+        """This config with chunk counts taken from the data, checked against it.
+
+        Args:
+            data: a `data.loader.ChunkedData` or `SyntheticData`.
+
+        Raises:
+            UserError: vocabulary, sequence length or chunks of the data are not those of the recipe.
+        """
+        if data.vocab_size != self.model.vocab_size:
+            raise UserError(
+                f"data: its vocabulary has {data.vocab_size} entries and {self.recipe}'s model {self.model.vocab_size}; "
+                f"prepare the data for this recipe, or set --model.vocab-size {data.vocab_size}"
+            )
+        if data.sequence_length != self.data.sequence_length:
+            raise UserError(
+                f"data: prepared for sequences of {data.sequence_length} tokens and {self.recipe} reads "
+                f"{self.data.sequence_length}; prepare it again, or set --data.sequence-length {data.sequence_length}"
+            )
+        for field in ("chunks", "samples_per_chunk"):
+            wanted, there = getattr(self.data, field), getattr(data, field)
+            if wanted is not None and wanted != there:
+                raise UserError(
+                    f"data: {field} is {there} and {self.recipe} says {wanted}; prepare the data for this recipe, or "
+                    f"set --data.{field.replace('_', '-')} {there}"
+                )
+        resolved = dataclasses.replace(self.data, chunks=data.chunks, samples_per_chunk=data.samples_per_chunk)
+        return dataclasses.replace(self, data=resolved)
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every field; the model's family beside its fields."""
+        result = dataclasses.asdict(self)
+        result["model"] = {"family": self.model.family, **result["model"]}
+        return result
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], families: Mapping[str, type[ModelConfig]]) -> "RunConfig":
+        """Inverse of `to_dict`.
+
+        Args:
+            value: what `to_dict` returned.
+            families: model config class by family name.
+
+        Raises:
+            UserError: unknown family, or unknown, missing or wrongly typed fields.
+        """
+        fields = dict(value)
+        model = dict(fields.get("model", {}))
+        family = model.pop("family", None)
+        if family not in families:
+            raise UserError(f"config: model family {family!r} is unknown; known: {', '.join(families)}")
+        fields["model"] = _build(families[family], model, "model")
+        return _build(cls, fields, "config")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides the result of a run: everything but how and where it is carried out."""
+        return hashlib.sha256(json.dumps(_essential(self), sort_keys=True).encode()).hexdigest()
+
+    def check_same_run(self, other: "RunConfig", where: Path) -> None:
+        """Refuse to continue a run under a changed recipe (UserError listing the fields that differ)."""
+        mine, theirs = _flatten(_essential(self)), _flatten(_essential(other))
+        changed = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+        if changed:
+            lines = "\n".join(f"  {k}: the run has {theirs.get(k)!r}, asked for {mine.get(k)!r}" for k in changed)
+            raise UserError(
+                f"{where} belongs to another configuration ({other.recipe}):\n{lines}\n"
+                "give the run's own values, or another --run directory"
+            )
+
+
+#: May change between a run's interruption and its resumption.
+FREE = ("mesh", "execution.gather", "execution.remat", "execution.loss_chunks", "execution.microbatches",
+        "data.workers", "series.rolling_every_steps")  # fmt: skip
+
+
+def _essential(config: RunConfig) -> dict[str, Any]:
+    value = config.to_dict()
+    for path in FREE:
+        *parents, leaf = path.split(".")
+        node = value
+        for parent in parents:
+            node = node[parent]
+        del node[leaf]
+    return value
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item})
+    return flat
+
+
+def _build(cls: Any, value: Any, where: str) -> Any:
+    """A dataclass from plain values, strictly: every field there, none unknown, every type right."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    if not isinstance(value, Mapping) or set(value) != set(names):
+        got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+        raise UserError(f"config: {where} has fields {got}, expected {sorted(names)}")
+    arguments = {}
+    for name in names:
+        item, hint = value[name], hints[name]
+        if dataclasses.is_dataclass(hint) and not isinstance(item, ModelConfig):
+            item = _build(hint, item, f"{where}.{name}")
+        elif not _fits(item, hint):
+            raise UserError(f"config: {where}.{name} is {item!r}, which is not {hint}")
+        arguments[name] = item
+    return cls(**arguments)
+
+
+def _fits(item: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return item in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(item, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(item, (int, float)) and not isinstance(item, bool)
+    if hint is int:
+        return isinstance(item, int) and not isinstance(item, bool)
+    return isinstance(item, hint)
