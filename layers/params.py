@@ -86,3 +86,11 @@ def gather(module: M, dtype: jnp.dtype) -> M:
 def count(module: nnx.Module) -> int:
     """Number of parameters; also of an abstract module (`jax.eval_shape`), which allocates nothing."""
     return sum(int(x.size) for x in jax.tree.leaves(module))
+
+
+def abstract_arrays(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
+    """Nested dict of `jax.ShapeDtypeStruct` with shardings on ``mesh``: the target of a restore."""
+    pure = nnx.to_pure_dict(nnx.split(module)[1])
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), pure, shardings(module, mesh)
+    )

@@ -26,6 +26,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "sequence": TENSOR,  # the residual stream between the matrix multiplications is sequence-sharded
     "position": None,  # a sequence axis that is whole on every device
+    "replicated": None,  # any other dimension that stays whole
     # weights
     "layers": PIPELINE,
     "vocab": TENSOR,

@@ -1,0 +1,184 @@
+"""`run.py demo`: the whole story on this machine, as commands that the reader can run alone.
+
+Real text becomes a chunked corpus; a small Amber trains on a mesh of simulated devices; the process is killed with
+SIGKILL half way; the same command on another mesh carries on; every checkpoint of the series is checked; the model
+writes text. Nothing here trains or prepares by itself: each part is one call of the command line in its own process.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from errors import RunError, UserError
+from training.metrics import duration, read_lines
+
+ROOT = Path(__file__).resolve().parent
+RECIPE = "amber_tiny"
+SIMULATED = 4
+#: The run starts on one mesh and is continued on another.
+FIRST_MESH, SECOND_MESH = "data=2,fsdp=2", "fsdp=2,tensor=2"
+SOURCES = {"code": "stdlib", "topics": "topics", "docstrings": "docstrings", "packages": "packages"}
+
+
+def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[str, Any]:
+    """Run every part, or what an interrupted demo left to do.
+
+    Args:
+        run_dir: run directory; the data goes to the same name with ``-data``.
+        chunks: chunks of data, and series checkpoints besides the first one.
+        steps_per_chunk: steps in each chunk.
+        quiet: print nothing on stdout.
+
+    Returns:
+        Seconds of every part, validation losses, checkpoints, and the text that the model wrote.
+    """
+    if chunks < 2 or steps_per_chunk < 4:
+        raise UserError("demo: needs at least 2 chunks and 4 steps in each, to be killed in the middle of one")
+    from run import recipes
+
+    config = recipes()[RECIPE]()
+    data_dir = run_dir.with_name(run_dir.name + "-data")
+    teller = Teller(sys.stderr if quiet else sys.stdout)
+    fields = [f"--data.chunks={chunks}"]
+
+    teller.part("Real text becomes a mixed, chunked corpus")
+    # Enough text for every chunk; three bytes a token is what a vocabulary of 2048 gives, and a little is held back.
+    samples = chunks * steps_per_chunk * config.data.global_batch
+    megabytes = 1.2 * samples * (config.data.sequence_length + 1) * 3 / len(SOURCES) / 1e6
+    sources = [f"--source={name}=embedded:{kind}" for name, kind in SOURCES.items()]
+    limit = f"--max-mb-per-source={max(megabytes, 1.0):.1f}"
+    data = teller.call(["prepare", RECIPE, "--out", str(data_dir), *sources, limit, *fields])
+
+    available = data["samples_per_chunk"] // config.data.global_batch
+    if available < 4:
+        raise RunError(f"demo: this machine's text fills only {available} steps per chunk; lower --chunks")
+    total = chunks * available
+    train = ["train", RECIPE, "--data", str(data_dir), "--run", str(run_dir), "--simulate", str(SIMULATED), *fields]
+    kill_at = total // 2 + available // 2  # in the middle of a chunk, so that the rolling checkpoint is needed
+    if _steps_done(run_dir) < kill_at:
+        teller.part(f"An Amber of {config.model.num_parameters:,} parameters trains on {FIRST_MESH}, and is killed")
+        teller.call_and_kill([*train, "--mesh", FIRST_MESH], run_dir, kill_at)
+    teller.part(f"The same command carries on, now on {SECOND_MESH}")
+    outcome = teller.call([*train, "--mesh", SECOND_MESH])
+
+    teller.part("Every checkpoint of the series is read back and compared with its manifest")
+    series = teller.call(["series", str(run_dir), "--check"])
+    teller.part("The first and the last checkpoint write code and prose")
+    prompts = ["--prompt", "def ", "--prompt", "The function returns"]
+    sampling = ["--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
+    texts = {
+        name: teller.call(["generate", f"{run_dir}@{name}", *prompts, *sampling])["continuations"]
+        for name in ("init", "latest")
+    }
+
+    validation = [r for r in read_lines(run_dir / "metrics.jsonl") if r["kind"] == "validation"]
+    result = {
+        "run": str(run_dir),
+        "data": str(data_dir),
+        "seconds": teller.seconds,
+        "steps": outcome["step"],
+        "tokens": outcome["tokens"],
+        "checkpoints": len(series["checkpoints"]),
+        "validation_loss_first": validation[0]["loss"],
+        "validation_loss_last": validation[-1]["loss"],
+        "continuations": texts,
+    }
+    teller.summary(result)
+    return result
+
+
+def _steps_done(run_dir: Path) -> int:
+    return max((r["step"] + 1 for r in read_lines(run_dir / "metrics.jsonl") if r["kind"] == "train"), default=0)
+
+
+class Teller:
+    """Runs commands, showing each one, and keeps the time."""
+
+    def __init__(self, out: Any):
+        self.out = out
+        self.seconds: dict[str, float] = {}
+
+    def say(self, text: str = "") -> None:
+        """Print a line."""
+        print(text, file=self.out, flush=True)
+
+    def part(self, title: str) -> None:
+        """Begin a part of the story."""
+        self.say(f"\n== {title}")
+
+    def _show(self, words: list[str]) -> None:
+        self.say(f"$ python run.py {shlex.join(words)}")
+
+    def _took(self, verb: str, start: float) -> None:
+        seconds = time.monotonic() - start
+        self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
+        self.say(f"({duration(seconds)})")
+
+    def _start(self, words: list[str]) -> subprocess.Popen:
+        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+        environment["JAX_PLATFORMS"] = "cpu"  # the demo is about simulated devices, whatever this machine has
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *words, "--json"], stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def call(self, words: list[str]) -> dict[str, Any]:
+        """Run one command to its end and return its JSON.
+
+        Raises:
+            RunError: it failed; its own message is on stderr.
+        """
+        self._show(words)
+        start = time.monotonic()
+        process = self._start(words)
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+        if process.returncode:
+            raise RunError(f"demo: run.py {words[0]} ended with code {process.returncode}; its message is above")
+        self._took(words[0], start)
+        return json.loads(output)
+
+    def call_and_kill(self, words: list[str], run_dir: Path, at_step: int) -> None:
+        """Run one command and kill it with SIGKILL once it has logged a step."""
+        self._show(words)
+        start = time.monotonic()
+        process = self._start(words)
+        try:
+            while process.poll() is None and _steps_done(run_dir) < at_step:
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode != -signal.SIGKILL:
+            raise RunError(f"demo: training ended with code {process.returncode} before it could be killed")
+        self._took(words[0], start)
+        self.say(f"killed with SIGKILL after step {_steps_done(run_dir)}")
+
+    def summary(self, result: dict[str, Any]) -> None:
+        """Say what was made and what to try next."""
+        run, data = result["run"], result["data"]
+        self.part("What was made")
+        for name, continuations in result["continuations"].items():
+            self.say(f"-- {run}@{name}")
+            for c in continuations:
+                self.say("   " + c["text"].replace("\n", "\n   "))
+        times = ", ".join(f"{verb} {duration(s)}" for verb, s in self.seconds.items())
+        self.say(
+            f"\n{run}: {result['steps']} steps, {result['tokens']:,} tokens, {result['checkpoints']} checkpoints; "
+            f"validation loss {result['validation_loss_first']:.3f} -> {result['validation_loss_last']:.3f}\n"
+            f"{data}: chunks, validation samples, tokenizer, document index, manifest\ntime: {times}\n\n"
+            "== Try next\n"
+            f"python run.py series {run}\n"
+            f"python run.py generate {run}@6 --prompt 'import '\n"
+            f"python run.py train {RECIPE} --data synthetic --steps 10 --simulate 4 --mesh tensor=4\n"
+            f"tensorboard --logdir {run}/tensorboard    # pip install tensorboard"
+        )

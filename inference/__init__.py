@@ -1,0 +1,1 @@
+"""Using a trained model: logits and text. Takes a model by interface."""

@@ -1,0 +1,211 @@
+"""Text from a model: prompts are read once into a key/value cache, then one token at a time comes out of a compiled loop."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from errors import UserError
+from inference.forward import batch_ways, forward
+from layers import params
+from layers.attention import Cache, Slots
+from layers.model import ModelConfig
+from layers.region import Region
+from parallel import axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Longest continuation."""
+    temperature: float = 0.0
+    """0 = greedy: always the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 = all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Same seed, same text."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"generate: max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"generate: temperature={self.temperature} must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise UserError(f"generate: top_k={self.top_k} must be 0 (all) or positive")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"generate: top_p={self.top_p} must be in (0, 1]")
+
+
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Next token of each row. float32 [B, V] -> int32 [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    order = jnp.sort(logits, axis=-1, descending=True)
+    least = jnp.full(logits.shape[:1], -jnp.inf)
+    if sampling.top_k:
+        least = order[:, min(sampling.top_k, logits.shape[-1]) - 1]
+    if sampling.top_p < 1:
+        order = jnp.where(order >= least[:, None], order, -jnp.inf)
+        before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
+        kept = jnp.where(before < sampling.top_p, order, jnp.inf)  # the first one is always kept
+        least = jnp.maximum(least, jnp.min(kept, axis=-1))
+    return jax.random.categorical(key, jnp.where(logits >= least[:, None], logits, -jnp.inf)).astype(jnp.int32)
+
+
+def generate(
+    model: ModelConfig,
+    weights: Any,
+    prompts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    region: Region,
+    sampling: Sampling,
+    eos_id: int,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continue each prompt.
+
+    Args:
+        model: the architecture.
+        weights: its parameters, placed on ``mesh``.
+        prompts: token ids of each prompt, at least one.
+        mesh: where to run.
+        region: compute dtype and so on.
+        sampling: how tokens are chosen.
+        eos_id: token that ends a continuation; it is not part of the result.
+        use_cache: False runs the whole prefix again for every token: slow, and the reference that the cache must equal.
+
+    Returns:
+        The new token ids of each prompt.
+
+    Raises:
+        UserError: an empty prompt, an id outside the vocabulary, or prompt and continuation longer than the context.
+    """
+    _check(model, prompts, sampling)
+    rows = len(prompts)
+    longest = max(map(len, prompts))
+    # Shapes come in few sizes (powers of two), so that other prompts do not compile again.
+    width = _bucket(longest)
+    tokens = np.zeros((rows + -rows % batch_ways(mesh), width), np.int32)
+    start = np.full(len(tokens), width - 1, np.int32)  # rows that only fill up the batch hold one token
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        start[row] = width - len(prompt)
+    if use_cache:
+        run = _compiled(model, mesh, region, sampling, eos_id)
+        place = lambda a, *names: jax.device_put(a, axes.sharding(mesh, *names))  # noqa: E731
+        new = np.asarray(run(weights, place(tokens, "batch", "position"), place(start, "batch")))
+    else:
+        new = _without_cache(model, weights, prompts, mesh, region, sampling, eos_id)
+    result = []
+    for row in new[:rows].tolist():
+        result.append(row[: row.index(eos_id)] if eos_id in row else row)
+    return result
+
+
+def _check(model: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    if not prompts or not all(prompts):
+        raise UserError("generate: a prompt is empty; give at least one token")
+    for prompt in prompts:
+        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+            raise UserError(f"generate: a prompt has a token id outside the vocabulary of {model.vocab_size}")
+        if len(prompt) + sampling.max_new_tokens > model.context_length:
+            raise UserError(
+                f"generate: a prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones exceed the context "
+                f"of {model.context_length}; shorten the prompt or lower --max-new-tokens"
+            )
+
+
+def _bucket(length: int) -> int:
+    return max(16, 1 << (length - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sampling: Sampling, eos_id: int) -> Any:
+    """jitted ``(weights, left-padded tokens [B, P], start [B]) -> new tokens [B, max_new_tokens]``."""
+    region = dataclasses.replace(region, sequence_sharded=False, remat="none")
+    graphdef = model.graphdef()
+    cache_spec = axes.spec(mesh, "layers", "batch", "position", "heads", "head_dim")
+    slots_spec = Slots(PartitionSpec(), axes.spec(mesh, "batch"))
+
+    def body(weights: Any, tokens: jax.Array, cache: Cache, slots: Slots) -> tuple[jax.Array, Cache]:
+        net = region.prepare(nnx.merge(graphdef, weights))
+        x, cache = net.hidden(tokens, region, cache, slots)
+        return net.logits(x[:, -1:], region)[:, 0], cache
+
+    step = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(
+            params.specs(params.shardings(model.abstract, mesh)),
+            axes.spec(mesh, "batch", "position"),
+            Cache(cache_spec, cache_spec),
+            slots_spec,
+        ),
+        out_specs=(axes.spec(mesh, "batch", "vocab"), Cache(cache_spec, cache_spec)),
+        check_vma=True,
+    )
+
+    def run(weights: Any, tokens: jax.Array, start: jax.Array) -> jax.Array:
+        rows, width = tokens.shape
+        heads, head_dim = model.cache_shape
+        shape = (model.num_layers, rows, width + sampling.max_new_tokens, heads, head_dim)
+        empty = Cache(jnp.zeros(shape, region.dtype), jnp.zeros(shape, region.dtype))
+        logits, cache = step(weights, tokens, empty, Slots(jnp.int32(0), start))
+        key = jax.random.key(sampling.seed)
+
+        def more(carry: Any) -> jax.Array:
+            n, done, *_ = carry
+            return (n < sampling.max_new_tokens) & ~jnp.all(done)
+
+        def one(carry: Any) -> Any:
+            n, done, new, logits, cache = carry
+            token = jnp.where(done, eos_id, choose(logits, jax.random.fold_in(key, n), sampling))
+            new = new.at[:, n].set(token)
+            logits, cache = step(weights, token[:, None], cache, Slots(width + n, start))
+            return n + 1, done | (token == eos_id), new, logits, cache
+
+        new = jnp.full((rows, sampling.max_new_tokens), eos_id, jnp.int32)
+        return lax.while_loop(more, one, (jnp.int32(0), jnp.zeros(rows, bool), new, logits, cache))[2]
+
+    return jax.jit(run)
+
+
+def _without_cache(
+    model: ModelConfig,
+    weights: Any,
+    prompts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    region: Region,
+    sampling: Sampling,
+    eos_id: int,
+) -> np.ndarray:
+    rows = len(prompts)
+    lengths = np.array([len(p) for p in prompts])
+    tokens = np.zeros((rows, min(model.context_length, _bucket(int(lengths.max()) + sampling.max_new_tokens))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt  # right padding: a causal model never reads it
+    key = jax.random.key(sampling.seed)
+    new = np.full((rows, sampling.max_new_tokens), eos_id, np.int32)
+    done = np.zeros(rows, bool)
+    for n in range(sampling.max_new_tokens):
+        logits = forward(model, weights, tokens, mesh, region)["logits"]
+        last = jnp.asarray(logits[np.arange(rows), lengths + n - 1])
+        token = np.where(done, eos_id, np.asarray(choose(last, jax.random.fold_in(key, n), sampling)))
+        new[:, n] = token
+        done |= token == eos_id
+        if done.all():
+            break
+        tokens[np.arange(rows), lengths + n] = token
+    return new

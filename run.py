@@ -1,0 +1,490 @@
+"""The command line: picks a verb and a recipe, changes single fields of it, calls one function.
+
+    python run.py VERB …        one of the verbs below; `python run.py VERB --help` lists every flag
+
+Exit codes: 0 done; 2 a mistake in what was asked (one message, no traceback); 1 a failure of the world (a full disk, a
+corrupt file); 75 training was told to stop by a signal, saved, and can be continued by the same command.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from errors import RunError, UserError
+from training.config import RunConfig
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
+
+
+# ---- what can be asked ---------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, Callable[[], RunConfig]]:
+    """Recipe by name."""
+    from amber_jax.recipes import amber_7b, amber_tiny
+
+    return {"amber_7b": amber_7b, "amber_tiny": amber_tiny}
+
+
+def families() -> dict[str, Any]:
+    """Model config class by family name, to read a run's ``config.json``."""
+    from amber_jax.config import AmberConfig
+
+    return {AmberConfig.family: AmberConfig}
+
+
+Config = Annotated[RunConfig, tyro.conf.arg(name="")]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Documents to tokens to packed samples to mixed chunks with a manifest."""
+
+    config: Config
+    out: Path
+    """Data directory to make."""
+    source: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=PATH, repeatable. PATH: folder, file or glob of text, .jsonl[.gz|.zst] or .parquet; or embedded:stdlib,
+    embedded:topics, embedded:docstrings, embedded:packages."""
+    tokenizer: Path | None = None
+    """SentencePiece .model file; a small one is trained on the sources if none is given."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """A document that cannot be read: stop and name it, or count it and go on."""
+    max_mb_per_source: float | None = None
+    """Read at most this many megabytes (1e6 bytes) of text from each source."""
+    workers: int = 2
+    """Tokenising processes; does not change the result."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train, or continue, a run: the same command does both."""
+
+    config: Config
+    data: str
+    """Data directory made by `prepare`, or `synthetic` for random tokens without files."""
+    run: Path | None = None
+    """Run directory; may be left out with --data synthetic, which then only times steps and writes nothing."""
+    steps: int | None = None
+    """Stop after this many steps in all (with synthetic data and no --run: time this many)."""
+    simulate: int | None = None
+    """Train on this many simulated CPU devices."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesArgs:
+    """List the checkpoint series of a run, and check it."""
+
+    dir: tyro.conf.Positional[Path]
+    """Run directory."""
+    check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read every file of every checkpoint and compare it with its manifest; check that parents chain."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Logits of given token ids."""
+
+    ref: tyro.conf.Positional[str]
+    """Checkpoint: DIR@K, DIR@latest, DIR@init, DIR@step=N."""
+    tokens: Path
+    """.npy file of token ids, integers [rows, positions]."""
+    out: Path
+    """.npz file to write: `logits`, float32 [rows, positions, vocabulary]."""
+    mesh: str = "data=1"
+    """Degrees of parallelism."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrices and activations."""
+    simulate: int | None = None
+    """Run on this many simulated CPU devices."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue prompts, greedily or sampled, with a key/value cache."""
+
+    ref: tyro.conf.Positional[str]
+    """Checkpoint: DIR@K, DIR@latest, DIR@init, DIR@step=N."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; repeatable, all are continued together."""
+    max_new_tokens: int = 64
+    """Longest continuation."""
+    temperature: float = 0.0
+    """0 = greedy."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0 = all."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Same seed, same text."""
+    no_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the whole prefix again for every token: slow, gives the same text."""
+    tokenizer: Path | None = None
+    """SentencePiece .model file, if not the one of the run."""
+    mesh: str = "data=1"
+    """Degrees of parallelism."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrices and activations."""
+    simulate: int | None = None
+    """Run on this many simulated CPU devices."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """The whole story on this machine in minutes: real text, training, a kill, another mesh, the series, text."""
+
+    dir: Path = Path("runs/demo")
+    """Run directory; the data goes beside it, with -data added to the name."""
+    chunks: int = 12
+    """Chunks of data, and so checkpoints besides the first."""
+    steps_per_chunk: int = 25
+    """Steps in each chunk."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+# ---- what is done --------------------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    """Log a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def prepare(args: Prepare) -> dict[str, Any]:
+    """Verb `prepare`."""
+    from data.prepare import PrepareConfig
+    from data.prepare import prepare as prepare_data
+    from data.sources import SourceSpec
+
+    data, model = args.config.data, args.config.model
+    if not args.source:
+        raise UserError("prepare: no source; give --source NAME=PATH at least once, for example code=embedded:stdlib")
+    if data.chunks is None:
+        raise UserError(f"prepare: {args.config.recipe} leaves the number of chunks open; set --data.chunks")
+    manifest = prepare_data(
+        PrepareConfig(
+            recipe=args.config.recipe,
+            out=args.out,
+            sources=tuple(SourceSpec.parse(s) for s in args.source),
+            sequence_length=data.sequence_length,
+            vocab_size=model.vocab_size,
+            chunks=data.chunks,
+            validation_per_source=data.validation_per_source,
+            seed=data.seed,
+            tokenizer=args.tokenizer,
+            on_bad=args.on_bad,
+            max_bytes_per_source=None if args.max_mb_per_source is None else int(args.max_mb_per_source * 1e6),
+            workers=args.workers,
+        ),
+        log=note,
+    )
+    result = {
+        "data": str(args.out),
+        "chunks": manifest.chunks,
+        "samples_per_chunk": manifest.samples_per_chunk,
+        "sequence_length": manifest.sequence_length,
+        "vocab_size": manifest.vocab_size,
+        "tokens_in_chunks": manifest.chunks * manifest.samples_per_chunk * (manifest.sequence_length + 1),
+        "manifest_sha256": manifest.sha256,
+    }
+    if not args.json:
+        print(
+            f"{args.out}: {manifest.chunks} chunks of {manifest.samples_per_chunk} samples of "
+            f"{manifest.sequence_length}+1 tokens, manifest {manifest.sha256[:12]}"
+        )
+    return result
+
+
+def train(args: Train) -> tuple[dict[str, Any], int]:
+    """Verb `train`."""
+    from data.loader import ChunkedData, SyntheticData
+    from training import loop
+
+    _simulate(args.simulate)
+    config = args.config
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: must be at least 1")
+    if args.data == "synthetic":
+        d = config.data
+        data: Any = SyntheticData(
+            vocab_size=config.model.vocab_size,
+            sequence_length=d.sequence_length,
+            chunks=d.chunks or 1,
+            samples_per_chunk=d.samples_per_chunk or 100 * d.global_batch,
+            seed=d.seed,
+        )
+        if args.run is None:
+            steps = args.steps or 10
+            timing = loop.time_steps(config, data, steps, lambda n: note(f"step {n + 1}/{steps}"))
+            if not args.json:
+                print("\n".join(f"{k:32} {v}" for k, v in timing.items()))
+            return timing, 0
+    else:
+        data = ChunkedData(Path(args.data))
+    if args.run is None:
+        raise UserError("train: --run DIR is missing; only --data synthetic works without one")
+    outcome = loop.train(config, args.run, data, families(), stop_at=args.steps)
+    if not args.json:
+        loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+        again = "" if outcome.reason == "finished" else "; the same command continues"
+        print(f"{args.run}: {outcome.reason} after {outcome.step} steps, {outcome.tokens:,} tokens{loss}{again}")
+    return dataclasses.asdict(outcome), EXIT_STOPPED if outcome.reason == "interrupted" else 0
+
+
+def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
+    """Verb `series`."""
+    from checkpoint.series import Series, verify_files
+
+    there = Series(args.dir)
+    entries = there.entries()
+    rows, problems, parent = [], [], None
+    for entry in entries:
+        m = entry.manifest
+        row = {
+            "name": m.name,
+            "step": m.step,
+            "tokens": m.tokens,
+            "loss_mean": m.loss.get("mean"),
+            "learning_rate": m.learning_rate,
+            "mesh": ",".join(f"{a}={n}" for a, n in m.mesh.items() if n > 1) or "data=1",
+            "bytes": sum(f["bytes"] for f in m.files.values()),
+            "manifest_sha256": entry.sha256,
+        }
+        if args.check:
+            try:
+                verify_files(entry)
+                if parent is not None and m.parent_sha256 != parent.sha256:
+                    raise RunError(f"{entry.path}: its parent is not {parent.path} as it is now")
+                row["check"] = "ok"
+            except RunError as e:
+                row["check"] = "FAILED"
+                problems.append(str(e))
+        parent = entry
+        rows.append(row)
+    if not args.json:
+        print(f"{'':>5} {'step':>8} {'tokens':>15} {'mean loss':>10} {'lr':>9} {'MB':>8}  mesh")
+        for r in rows:
+            loss = "-" if r["loss_mean"] is None else f"{r['loss_mean']:.4f}"
+            print(
+                f"{r['name']:>5} {r['step']:>8} {r['tokens']:>15,} {loss:>10} {r['learning_rate']:>9.2e} "
+                f"{r['bytes'] / 1e6:>8.1f}  {r['mesh']}  {r.get('check', '')}"
+            )
+        print(f"{len(rows)} checkpoints in {args.dir}")
+    for problem in problems:
+        note(f"error: {problem}")
+    return {"run": str(args.dir), "checkpoints": rows, "problems": problems}, 1 if problems else 0
+
+
+def logits(args: Logits) -> dict[str, Any]:
+    """Verb `logits`."""
+    import numpy as np
+
+    from inference.forward import forward
+    from layers.region import Region
+
+    _simulate(args.simulate)
+    try:
+        tokens = np.load(args.tokens, allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--tokens {args.tokens}: cannot read it as .npy ({e})") from e
+    model, weights, mesh, name = _open(args.ref, args.mesh)
+    result = forward(model, weights, tokens, mesh, Region(args.compute_dtype))
+    try:
+        np.savez(args.out, **result)
+    except OSError as e:
+        raise RunError(f"--out {args.out}: cannot write it ({e.strerror})") from e
+    shape = list(result["logits"].shape)
+    if not args.json:
+        print(f"{args.out}: logits float32 {shape} of {name}")
+    return {"checkpoint": name, "out": str(args.out), "shape": shape, "dtype": "float32"}
+
+
+def generate(args: Generate) -> dict[str, Any]:
+    """Verb `generate`."""
+    from checkpoint.series import parse_ref
+    from data.tokenizer import Tokenizer
+    from inference.generate import Sampling
+    from inference.generate import generate as generate_tokens
+    from layers.region import Region
+
+    _simulate(args.simulate)
+    if not args.prompt:
+        raise UserError('generate: no prompt; give --prompt "…" at least once')
+    tokenizer_path = args.tokenizer or parse_ref(args.ref)[0] / "tokenizer.model"
+    tokenizer = Tokenizer(tokenizer_path)
+    model, weights, mesh, name = _open(args.ref, args.mesh)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{tokenizer_path}: {tokenizer.vocab_size} pieces, but the model's vocabulary is {model.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    prompts = [tokenizer.encode(p) for p in args.prompt]
+    new = generate_tokens(
+        model, weights, prompts, mesh, Region(args.compute_dtype), sampling, tokenizer.eos_id, not args.no_cache
+    )
+    texts = [tokenizer.decode(p + n) for p, n in zip(prompts, new, strict=True)]
+    if not args.json:
+        print("\n---\n".join(texts))
+    continuations = [
+        {"prompt": p, "text": t, "new_tokens": n} for p, t, n in zip(args.prompt, texts, new, strict=True)
+    ]
+    return {"checkpoint": name, "continuations": continuations}
+
+
+def run_demo(args: Demo) -> dict[str, Any]:
+    """Verb `demo`."""
+    import demo
+
+    return demo.run(args.dir, args.chunks, args.steps_per_chunk, quiet=args.json)
+
+
+def _simulate(devices: int | None) -> None:
+    if devices is not None:
+        from parallel.mesh import simulate
+
+        simulate(devices)
+
+
+def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
+    """Model, parameters placed on a mesh, the mesh, and the name of one checkpoint of a run."""
+    import jax
+
+    from checkpoint.series import Series, parse_ref, restore
+    from layers import params
+    from parallel.mesh import MeshConfig
+
+    run, selector = parse_ref(ref)
+    entries = Series(run).resolve(selector)
+    if len(entries) != 1:
+        raise UserError(f"{ref}: names {len(entries)} checkpoints, and this verb takes one")
+    try:
+        config = RunConfig.from_dict(json.loads((run / "config.json").read_text()), families())
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"{run}: cannot read its config.json ({e}); is it a run directory?") from e
+    wanted = MeshConfig.parse(mesh_text)
+    devices = jax.devices()
+    if -1 not in wanted.degrees.values() and jax.process_count() == 1:
+        devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
+    mesh = wanted.build(devices)
+    abstract = config.model.abstract
+    params.check_divides(abstract, dict(mesh.shape))
+    weights, _ = restore(entries[0], params=params.abstract_arrays(abstract, mesh), optimizer=None)
+    return config.model, weights, mesh, f"{run}@{entries[0].manifest.name}"
+
+
+# ---- from words to calls -------------------------------------------------------------------------------------------
+
+#: verb -> (arguments, whether a recipe name comes first, function).
+VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
+    "demo": (Demo, False, run_demo),
+    "prepare": (Prepare, True, prepare),
+    "train": (Train, True, train),
+    "series": (SeriesArgs, False, series),
+    "logits": (Logits, False, logits),
+    "generate": (Generate, False, generate),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview())
+            return 0
+        verb, rest = argv[0], argv[1:]
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}{_nearest(verb, VERBS)}; verbs are {', '.join(VERBS)}")
+        arguments, takes_recipe, function = VERBS[verb]
+        result = function(_parse(verb, arguments, takes_recipe, rest))
+        value, code = result if isinstance(result, tuple) else (result, 0)
+        if as_json:
+            print(json.dumps(value))
+        return code
+    except UserError as e:
+        return _fail(e, 2, as_json)
+    except RunError as e:
+        return _fail(e, 1, as_json)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception, code: int, as_json: bool) -> int:
+    note(f"error: {error}")
+    if as_json:
+        print(json.dumps({"error": str(error), "exit_code": code}))
+    return code
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _overview() -> str:
+    lines = [__doc__ or "", "verbs:"]
+    for verb, (arguments, takes_recipe, _) in VERBS.items():
+        lines.append(f"  {verb + (' RECIPE' if takes_recipe else ''):18} {arguments.__doc__}")
+    return "\n".join([*lines, "", "recipes: " + ", ".join(recipes())])
+
+
+def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> Any:
+    from parallel.mesh import MeshConfig
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mesh_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type is not MeshConfig:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="AXIS=N,…",
+            instance_from_str=lambda words: MeshConfig.parse(words[0]),
+            is_instance=lambda value: isinstance(value, MeshConfig),
+            str_from_instance=lambda mesh: [str(mesh)],
+        )
+
+    default: Any = tyro.MISSING_NONPROP
+    prog = f"run.py {verb}"
+    if takes_recipe:
+        known = recipes()
+        if rest and not rest[0].startswith("-"):
+            name, rest = rest[0], rest[1:]
+            if name not in known:
+                raise UserError(f"unknown recipe {name!r}{_nearest(name, known)}; recipes are {', '.join(known)}")
+        elif any(word in ("-h", "--help") for word in rest):
+            note(f"RECIPE is one of {', '.join(known)}; the defaults shown are those of amber_tiny\n")
+            name = "amber_tiny"
+        else:
+            raise UserError(f"{verb}: the recipe is missing; write run.py {verb} RECIPE …, with one of {', '.join(known)}")
+        prog += f" {name}"
+        missing = {f.name: tyro.MISSING for f in dataclasses.fields(arguments) if f.default is dataclasses.MISSING}
+        default = arguments(**{**missing, "config": known[name]()})
+    with registry, contextlib.redirect_stdout(sys.stdout):
+        return tyro.cli(arguments, args=rest, prog=prog, default=default, description=arguments.__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""The training loop: build, restore, then for each step: batch, step, log, validate, save."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from checkpoint.manifest import Manifest, code_version, environment
+from checkpoint.series import Entry, Series, SeriesWriter, restore
+from data.loader import Loader
+from errors import RunError, UserError
+from layers.model import ModelConfig
+from training import step as steps
+from training.config import RunConfig
+from training.metrics import Ledger, MetricsWriter, ProgressLine, read_lines
+from training.program import Program
+from training.state import TrainState
+
+Families = dict[str, type[ModelConfig]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    reason: Literal["finished", "stopped", "interrupted"]
+    """All steps done; stopped early on request (``stop_at``); or told to stop by a signal."""
+    step: int
+    """Updates done."""
+    tokens: int
+    """Tokens seen."""
+    loss: float | None
+    """Loss of the last step of this call, None if there was none."""
+    validation_loss: float | None
+    """Newest validation loss."""
+    resumed_from: int | None
+    """Step that this call continued from, None for a new run."""
+    compile_s: float
+    peak_bytes_per_device: int
+    """Planned by the compiler."""
+    median_step_time_s: float | None
+    tokens_per_s: float | None
+    """From the median step."""
+    mfu_causal: float | None
+    mfu_full: float | None
+
+
+def train(config: RunConfig, run: Path, data: Any, families: Families, stop_at: int | None = None) -> Outcome:
+    """Train, or continue, the run in a directory.
+
+    Args:
+        config: the recipe; resolved here with the data.
+        run: run directory; made if it is not there. The same call resumes.
+        data: `data.loader.ChunkedData` or `SyntheticData`.
+        families: model config class by family name, to read ``config.json``.
+        stop_at: stop after this many updates in all, with a checkpoint to resume from.
+
+    Raises:
+        UserError: the directory belongs to another recipe or data; the mesh does not divide.
+        RunError: a checkpoint is corrupt, the disk is full.
+    """
+    config = config.resolve(data)
+    _claim(config, run, families)
+    data.check_files()
+    with SeriesWriter(run) as writer, StopRequest() as stop:
+        program = Program.build(config, config.mesh.build())
+        state, parent = _restore(program, run, data, writer)
+        begin = int(state.step)
+        metrics, ledger = MetricsWriter(run, begin), Ledger(run)
+        ledger("resume" if parent else "start", step=begin, mesh=program.mesh.shape, from_=parent and parent.manifest.name)
+        log = Log(program, metrics, parent_step=begin - begin % config.data.steps_per_chunk)
+        save = Saver(program, data, writer, ledger, run)
+        if not metrics.has("validation", begin):
+            log.validation(begin, program.validate(state.params, data))
+        if parent is None:
+            save(state, "series", log)
+
+        end = min(config.data.total_steps, config.data.total_steps if stop_at is None else stop_at)
+        loader = Loader(
+            data,
+            global_batch=config.data.global_batch,
+            microbatches=config.execution.microbatches,
+            sharding=steps.batch_sharding(program.mesh),
+            workers=config.data.workers,
+        )
+        done = begin
+        for batch in loader.batches(begin, end):
+            state, values = program.train_step(state, batch)
+            log.step(done, values)
+            done += 1
+            if done % config.data.steps_per_chunk == 0:
+                log.validation(done, program.validate(state.params, data))
+                save(state, "series", log)
+            elif done % config.series.rolling_every_steps == 0 or done == end or stop.requested:
+                save(state, "rolling", log)
+            if stop.requested:
+                break
+        log.close()
+        writer.wait()
+        finished = done == config.data.total_steps
+        reason: Any = "finished" if finished else "interrupted" if stop.requested else "stopped"
+        ledger("finish" if finished else "stop", step=done, reason=reason)
+        return log.outcome(reason, done, begin if parent else None)
+
+
+def _claim(config: RunConfig, run: Path, families: Families) -> None:
+    """Make the run directory this config's, or refuse it."""
+    path = run / "config.json"
+    if path.exists():
+        try:
+            there = RunConfig.from_dict(json.loads(path.read_text()), families)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}: not a run's configuration ({e}); give another --run directory") from e
+        config.check_same_run(there, run)
+        return
+    if run.exists() and any(p.name != ".lock" for p in run.iterdir()):
+        raise UserError(f"{run}: not empty and not a run directory (no config.json); give another --run directory")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        os.replace(part, path)
+    except OSError as e:
+        raise RunError(f"{run}: cannot make the run directory ({e.strerror})") from e
+
+
+def _restore(program: Program, run: Path, data: Any, writer: SeriesWriter) -> tuple[TrainState, Entry | None]:
+    """The newest state of the run on this mesh, or the initial one."""
+    writer.clean()
+    entry = Series(run).newest()
+    if entry is None:
+        return program.init(), None
+    if entry.manifest.data_sha256 != data.sha256:
+        raise UserError(
+            f"{run}: was trained on data with manifest {entry.manifest.data_sha256[:12]}…, and --data has "
+            f"{data.sha256[:12]}…; give the run's own data, or another --run directory"
+        )
+    abstract = program.abstract
+    params, optimizer = restore(entry, params=abstract.params, optimizer=abstract.optimizer)
+    step = jax.device_put(np.int32(entry.manifest.step), abstract.step.sharding)
+    return TrainState(step, params, optimizer), entry
+
+
+class Saver:
+    """Says what a checkpoint is (its manifest) and hands it to the series writer."""
+
+    def __init__(self, program: Program, data: Any, writer: SeriesWriter, ledger: Ledger, run: Path):
+        self.program, self.data, self.writer, self.ledger = program, data, writer, ledger
+        self.series = Series(run)
+        self.versions, self.code = environment(), code_version()
+
+    def __call__(self, state: TrainState, kind: Literal["series", "rolling"], log: "Log") -> None:
+        """Save asynchronously; the arrays may be donated once this returns."""
+        log.flush()
+        config, step = self.program.config, int(state.step)
+        per_chunk = config.data.steps_per_chunk
+        self.writer.wait()  # the parent's manifest must be there to be named
+        before = [e for e in self.series.entries() if e.manifest.step < step]
+        parent = before[-1] if before else None
+        since = parent.manifest.step if parent else 0
+        batch = config.data.global_batch
+        index = step // per_chunk - 1
+        device = self.program.mesh.devices.flat[0]
+        self.writer.save(
+            kind,
+            params=state.params,
+            optimizer=state.optimizer,
+            manifest=Manifest(
+                index=index,
+                name=("init" if step == 0 else f"{index:03d}") if kind == "series" else f"{step:08d}",
+                kind=kind,
+                phase=0,
+                step=step,
+                tokens=step * config.data.tokens_per_step,
+                chunk=(step - 1) // per_chunk if step else None,
+                samples=(since * batch, step * batch),
+                parent=parent.manifest.name if parent else None,
+                parent_sha256=parent.sha256 if parent else None,
+                config_sha256=config.sha256,
+                data_sha256=self.data.sha256,
+                mesh=dict(self.program.mesh.shape),
+                device_kind=device.device_kind,
+                process_count=jax.process_count(),
+                code_version=self.code,
+                versions=self.versions,
+                learning_rate=float(self.program.learning_rate(step - 1)) if step else 0.0,
+                loss=log.loss_since(since),
+                wall_time=time.time(),
+            ),
+        )
+        self.ledger("save", step=step, kind=kind)
+
+
+class Log:
+    """Collects what the steps report, one step late so that the devices never wait for the host."""
+
+    def __init__(self, program: Program, metrics: MetricsWriter, parent_step: int):
+        self.program, self.metrics = program, metrics
+        self.progress = ProgressLine(program.config.data.total_steps)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.clock = time.perf_counter()
+        self.times: list[float] = []
+        self.losses = {r["step"]: r["loss"] for r in read_lines(metrics.path) if r["kind"] == "train"}
+        self.losses = {s: v for s, v in self.losses.items() if s >= parent_step}
+        self.last_loss: float | None = None
+        self.validation_loss: float | None = None
+
+    def step(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Take the metrics of a step that was just dispatched; write those of the step before."""
+        self.flush()
+        self.pending = (step, values)
+
+    def flush(self) -> None:
+        """Wait for the pending step and write it."""
+        if self.pending is None:
+            self.clock = time.perf_counter()
+            return
+        step, values = self.pending
+        self.pending = None
+        record: dict[str, Any] = {name: float(v) for name, v in values.items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.times.append(seconds)
+        record |= {"tokens": (step + 1) * self.program.config.data.tokens_per_step, **self.program.throughput(seconds)}
+        self.losses[step] = self.last_loss = record["loss"]
+        self.metrics.write("train", step, record)
+        self.progress.show(step, record)
+
+    def validation(self, step: int, losses: dict[str, float]) -> None:
+        """Write validation losses after ``step`` updates."""
+        self.flush()
+        if losses:
+            self.validation_loss = losses["loss"]
+            self.metrics.write("validation", step, losses)
+        self.clock = time.perf_counter()
+
+    def loss_since(self, step: int) -> dict[str, float]:
+        """Mean and last loss of the steps from ``step`` on."""
+        values = [v for s, v in sorted(self.losses.items()) if s >= step]
+        return {"mean": float(np.mean(values)), "last": values[-1]} if values else {}
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self.flush()
+        self.progress.done()
+        self.metrics.close()
+
+    def outcome(self, reason: Any, step: int, resumed_from: int | None) -> Outcome:
+        """Summary of this call."""
+        median = float(np.median(self.times)) if self.times else None
+        speed = self.program.throughput(median) if median else {}
+        return Outcome(
+            reason=reason,
+            step=step,
+            tokens=step * self.program.config.data.tokens_per_step,
+            loss=self.last_loss,
+            validation_loss=self.validation_loss,
+            resumed_from=resumed_from,
+            compile_s=self.program.compile_s,
+            peak_bytes_per_device=self.program.peak_bytes,
+            median_step_time_s=median,
+            tokens_per_s=speed.get("tokens_per_s"),
+            mfu_causal=speed.get("mfu_causal"),
+            mfu_full=speed.get("mfu_full"),
+        )
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into ``requested``; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def time_steps(config: RunConfig, data: Any, num_steps: int, on_step: Callable[[int], None]) -> dict[str, Any]:
+    """Time ``num_steps`` training steps without touching the disk: compile time, step time, tokens/s, MFU, memory."""
+    config = config.resolve(data)
+    program = Program.build(config, config.mesh.build())
+    state = program.init()
+    loader = Loader(
+        data,
+        global_batch=config.data.global_batch,
+        microbatches=config.execution.microbatches,
+        sharding=steps.batch_sharding(program.mesh),
+    )
+    times, losses = [], []
+    for index, batch in enumerate(loader.batches(0, num_steps)):
+        start = time.perf_counter()
+        state, values = program.train_step(state, batch)
+        losses.append(float(values["loss"]))
+        times.append(time.perf_counter() - start)
+        on_step(index)
+    median = float(np.median(times[1:] or times))  # the first step also pages memory in
+    memory = program.mesh.devices.flat[0].memory_stats() or {}
+    return {
+        "recipe": config.recipe,
+        "mesh": dict(program.mesh.shape),
+        "device_kind": program.mesh.devices.flat[0].device_kind,
+        "devices": program.mesh.size,
+        "parameters": config.model.num_parameters,
+        "compute_dtype": config.execution.compute_dtype,
+        "global_batch": config.data.global_batch,
+        "sequence_length": config.data.sequence_length,
+        "steps": num_steps,
+        "compile_s": program.compile_s,
+        "median_step_time_s": median,
+        **{k: v for k, v in program.throughput(median).items() if k != "step_time_s"},
+        "peak_flops": program.peak and program.peak.flops,
+        "peak_flops_source": program.peak and program.peak.source,
+        "peak_bytes_per_device_planned": program.peak_bytes,
+        "peak_bytes_per_device_measured": memory.get("peak_bytes_in_use"),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }

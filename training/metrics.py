@@ -1,0 +1,127 @@
+"""What a run writes down while it trains: ``metrics.jsonl``, TensorBoard, one progress line, the ledger."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from errors import RunError
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and push it to the operating system, so that a killed process loses none.
+
+    Raises:
+        RunError: the disk is full or the directory is not writable.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as e:
+        raise RunError(f"{path}: cannot append ({e.strerror}); free some space and run the same command again") from e
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise RunError(f"{path}:{number + 1}: not JSON; the file was changed by something else") from None
+    return records
+
+
+class Ledger:
+    """The run's append-only record of events: start, resume, save, stop, finish."""
+
+    def __init__(self, run: Path):
+        self.path = run / "ledger.jsonl"
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Append one event with the time (unix seconds)."""
+        append_line(self.path, {"event": event, "time": time.time(), **fields})
+
+
+class MetricsWriter:
+    """``metrics.jsonl`` and TensorBoard, both cut back to the step that a run resumes from.
+
+    Lines are ``{"kind": "train", "step": n, ...}`` with n the 0-based index of the step whose loss it is, and
+    ``{"kind": "validation", "step": n, ...}`` with n the number of updates done.
+    """
+
+    def __init__(self, run: Path, resume_step: int):
+        from tensorboardX import SummaryWriter  # half a second to import; only a training process needs it
+
+        self.path = run / "metrics.jsonl"
+        self._cut(resume_step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step if resume_step else None)
+
+    def _cut(self, step: int) -> None:
+        kept = [r for r in read_lines(self.path) if r["step"] < step or (r["kind"] == "validation" and r["step"] <= step)]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(part, self.path)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line in the file, and each number as a TensorBoard scalar ``kind/name``."""
+        append_line(self.path, {"kind": kind, "step": step, **values})
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether such a line is already there (a resume repeats no validation)."""
+        return any(r["kind"] == kind and r["step"] == step for r in read_lines(self.path))
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self.board.close()
+
+
+def duration(seconds: float) -> str:
+    """``1h02m``, ``3m20s`` or ``12s``."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+class ProgressLine:
+    """One line per logged step on stderr: rewritten in place on a terminal, every few seconds elsewhere."""
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None, every_s: float = 10.0):
+        self.total = total_steps
+        self.stream = stream or sys.stderr
+        self.in_place = self.stream.isatty()
+        self.every_s = every_s
+        self.last = 0.0
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show the step just done."""
+        now = time.monotonic()
+        last_step = step + 1 >= self.total
+        if not self.in_place and not last_step and now - self.last < self.every_s:
+            return
+        self.last = now
+        left = (self.total - step - 1) * values["step_time_s"]
+        mfu = values.get("mfu_causal")
+        line = (
+            f"step {step + 1}/{self.total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"MFU {'-' if mfu is None else f'{mfu:.1%}'}  left {duration(left)}"
+        )
+        print(f"\r\x1b[K{line}" if self.in_place else line, end="" if self.in_place else "\n", file=self.stream)
+        self.stream.flush()
+
+    def done(self) -> None:
+        """End the line."""
+        if self.in_place:
+            print(file=self.stream)

@@ -1,0 +1,141 @@
+"""A run's config and mesh turned into compiled steps: everything that is known before the first batch is read."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from data.batch import Batch
+from parallel import topology
+from training import optimizer as optimizers
+from training import state as states
+from training import step as steps
+from training.config import RunConfig
+from training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Compiled train and evaluation steps of one config on one mesh."""
+
+    config: RunConfig
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    abstract: TrainState
+    """Shapes, dtypes and shardings of the state."""
+    train_step: Any
+    """Compiled ``(state, batch) -> (state, metrics)``; donates the state."""
+    eval_step: Any
+    """Jitted ``(params, batch) -> {"loss_sum", "weight"}``; compiles when first called."""
+    compile_s: float
+    """Seconds to trace and compile the train step."""
+    peak_bytes: int
+    """Memory of the train step on each device as the compiler plans it: state, batch and temporaries."""
+    peak: topology.Peak | None
+    """What the devices can do at best, or None where that is not known."""
+
+    @classmethod
+    def build(cls, config: RunConfig, mesh: Mesh) -> "Program":
+        """Check the mesh against the config, then trace and compile.
+
+        Args:
+            config: resolved with its data (`RunConfig.resolve`).
+            mesh: over the devices to use.
+
+        Raises:
+            UserError: the mesh does not divide the model, the batch or the sequence; before anything is compiled.
+        """
+        config.check_mesh(dataclasses.replace(config.mesh, **mesh.shape))
+        total = config.data.total_steps
+        learning_rate = optimizers.schedule(config.optimizer, total)
+        optimizer = optimizers.make_optimizer(config.optimizer, total)
+        region = config.execution.region
+        abstract = states.abstract_state(config.model, optimizer, mesh)
+        train_step = steps.make_train_step(config.model, optimizer, learning_rate, region, mesh)
+        start = time.perf_counter()
+        compiled = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
+        seconds = time.perf_counter() - start
+        return cls(
+            config=config,
+            mesh=mesh,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            abstract=abstract,
+            train_step=compiled,
+            eval_step=steps.make_eval_step(config.model, region, mesh),
+            compile_s=seconds,
+            peak_bytes=planned_bytes(compiled),
+            peak=topology.peak(list(mesh.devices.flat)),
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        return states.init_state(self.config.model, self.optimizer, self.mesh, self.config.seed)
+
+    def throughput(self, step_time_s: float) -> dict[str, Any]:
+        """tokens/s over the whole mesh and model FLOP utilisation under both conventions (None: peak not known)."""
+        tokens_per_s = self.config.data.tokens_per_step / float(step_time_s)
+        result: dict[str, Any] = {"step_time_s": step_time_s, "tokens_per_s": tokens_per_s}
+        for name, causal in (("mfu_causal", True), ("mfu_full", False)):
+            flops = self.config.model.train_flops_per_token(self.config.data.sequence_length, causal)
+            result[name] = tokens_per_s * flops / self.peak.flops if self.peak else None
+        return result
+
+    def validate(self, params: Any, data: Any) -> dict[str, float]:
+        """Mean loss over every source's validation samples, and over all of them as ``loss``."""
+        sums, weights = {}, {}
+        for source in data.sources:
+            samples = data.validation(source)
+            totals = [self.eval_step(params, b) for b in self._batches(samples)]
+            sums[source] = math.fsum(float(t["loss_sum"]) for t in totals)
+            weights[source] = math.fsum(float(t["weight"]) for t in totals)
+        losses = {f"loss/{s}": sums[s] / weights[s] for s in sums if weights[s]}
+        total = math.fsum(weights.values())
+        return {"loss": math.fsum(sums.values()) / total, **losses} if total else {}
+
+    def _batches(self, samples: np.ndarray) -> list[Batch]:
+        """Samples [n, S+1] as batches of the training shape; what is missing in the last one has weight 0."""
+        parts, rows = self.config.execution.microbatches, self.config.data.global_batch
+        sharding = steps.batch_sharding(self.mesh)
+        batches = []
+        for at in range(0, len(samples), rows):
+            piece = samples[at : at + rows]
+            full = np.zeros((rows, samples.shape[1]), np.int32)
+            full[: len(piece)] = piece
+            mask = np.zeros((rows, samples.shape[1] - 1), np.float32)
+            mask[: len(piece)] = 1.0
+            arrays = [a.reshape(parts, rows // parts, -1) for a in (full[:, :-1], full[:, 1:], mask)]
+            batches.append(
+                Batch(*(jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays))
+            )
+        return batches
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a training batch."""
+    parts, sharding = config.execution.microbatches, steps.batch_sharding(mesh)
+    shape = (parts, config.data.global_batch // parts, config.data.sequence_length)
+    return Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=sharding) for t in (jnp.int32, jnp.int32, jnp.float32)))
+
+
+def planned_bytes(compiled: Any) -> int:
+    """Bytes on each device that a compiled program needs at its peak, as the compiler reports them."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return 0
+    upper = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
+    peak = int(getattr(stats, "peak_memory_in_bytes", 0))
+    # XLA's CPU compiler leaves temporaries out of its peak, so that it is smaller than they are.
+    return peak if peak > stats.temp_size_in_bytes else int(upper)

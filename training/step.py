@@ -1,0 +1,134 @@
+"""One optimizer step and one evaluation step as pure, jitted functions of (state, batch).
+
+Gradients are taken *inside* the manual region: it returns loss and gradients, each where its parameter lives. Outside
+it there is only the optimizer, elementwise on sharded arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data.batch import Batch
+from layers import params
+from layers.model import ModelConfig
+from layers.region import Region
+from parallel import axes
+from parallel.axes import BATCH_AXES
+from parallel.collectives import live, psum, vary
+from training.state import TrainState, abstract_state, shardings
+
+Metrics = dict[str, jax.Array]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the arrays of a `Batch`, [microbatches, rows, S], live."""
+    return axes.sharding(mesh, "microbatch", "batch", "position")
+
+
+def _loss_sum(model: Any, region: Region, inputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    hidden, _ = model.hidden(inputs, region)
+    return model.loss(hidden, targets, weights, region)
+
+
+def make_loss_and_gradients(
+    model: ModelConfig, region: Region, mesh: Mesh
+) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
+    """``(params, batch) -> (loss, gradients)``: mean of ``-log p`` over the weighted targets of the global batch.
+
+    The batch is worked off microbatch by microbatch. The mean is over the whole batch, so how it is cut changes the
+    result only by rounding; gradients are summed in float32.
+    """
+    graphdef = model.graphdef()
+    param_specs = params.specs(params.shardings(model.abstract, mesh))
+    batch_spec = batch_sharding(mesh).spec
+
+    def body(weights_in: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        count = psum(jnp.sum(batch.weights), BATCH_AXES)
+        prepared, pull_back = jax.vjp(lambda p: region.prepare(nnx.merge(graphdef, p)), weights_in)
+
+        def one(prepared: Any, part: Batch) -> jax.Array:
+            return _loss_sum(prepared, region, *part) / count
+
+        gradient_of = jax.value_and_grad(one)
+        if batch.inputs.shape[0] == 1:
+            loss, gradients = gradient_of(prepared, jax.tree.map(lambda a: a[0], batch))
+        else:
+
+            def add(carry: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
+                loss, gradients = gradient_of(prepared, part)
+                total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), carry[1], gradients)
+                return (carry[0] + loss, total), None
+
+            zeros = jax.tree.map(lambda p: _zeros_like(p, jnp.float32), prepared)
+            (loss, gradients), _ = lax.scan(add, (vary(jnp.float32(0), BATCH_AXES), zeros), batch)
+            gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, prepared)
+        (gradients,) = pull_back(gradients)
+        return psum(loss, BATCH_AXES), gradients
+
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=(param_specs, batch_spec), out_specs=(PartitionSpec(), param_specs), check_vma=True
+    )
+
+
+def _zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
+    """Zeros that vary over the same mesh axes as ``x``."""
+    return vary(jnp.zeros(x.shape, dtype), tuple(jax.typeof(x).mat.varying))
+
+
+def make_train_step(
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    region: Region,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted ``(state, batch) -> (state, metrics)``. The old state is donated.
+
+    Metrics are float32 scalars: loss, grad_norm (true global norm, before clipping), learning_rate (of this update).
+    """
+    loss_and_gradients = make_loss_and_gradients(model, region, mesh)
+    where = shardings(abstract_state(model, optimizer, mesh))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, gradients = loss_and_gradients(state.params, batch)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
+
+    # out_shardings equal to the state's own: without them the second step would compile again.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
+
+
+def make_eval_step(model: ModelConfig, region: Region, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
+    """The jitted ``(params, batch) -> {"loss_sum", "weight"}``, summed over the global batch."""
+    graphdef = model.graphdef()
+    param_specs = params.specs(params.shardings(model.abstract, mesh))
+
+    def body(weights_in: Any, batch: Batch) -> Metrics:
+        prepared = region.prepare(nnx.merge(graphdef, weights_in))
+
+        def add(total: jax.Array, part: Batch) -> tuple[jax.Array, None]:
+            return total + _loss_sum(prepared, region, *part), None
+
+        total, _ = lax.scan(add, vary(jnp.float32(0), live(BATCH_AXES)), batch)
+        return {"loss_sum": psum(total, BATCH_AXES), "weight": psum(jnp.sum(batch.weights), BATCH_AXES)}
+
+    return jax.jit(
+        jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(param_specs, batch_sharding(mesh).spec),
+            out_specs=PartitionSpec(),
+            check_vma=True,
+        )
+    )
