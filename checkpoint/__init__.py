@@ -1,0 +1,1 @@
+"""The checkpoint series: what was saved, what it is, and the proof that it is still that."""

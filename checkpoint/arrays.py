@@ -1,0 +1,73 @@
+"""Arrays on disk: the one place that knows Orbax, and the format of every checkpoint.
+
+An item ("params", "optimizer") is a folder with one folder per array, named by `checkpoint.names.flat`. Arrays are in
+plain zarr 3, without OCDBT and compression, so that one can be hashed, compared and read alone by any zarr reader, and a
+flipped bit damages one number. Orbax has no checksum on array data in any of its formats; `checkpoint.manifest` has.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+ITEMS = ("params", "optimizer")
+
+_CHUNK_BYTES = 64 * 2**20
+"""Largest file. Without it a shard is one chunk, and to read any part of a chunk is to read all of it: restored on
+eight devices, a matrix saved from one device would be read eight times."""
+
+
+def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
+    """Copy items to host memory and start to write them; pass the result to `finish_save`.
+
+    Args:
+        path: absolute; does not exist. Appears, whole, once the writing is done.
+        items: nested dict of arrays by item. They may be donated or deleted after the return.
+    """
+    saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**{item: _handler() for item in items}))
+    options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+    trees = {
+        item: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: options, tree)) for item, tree in items.items()
+    }
+    with _quiet():
+        saver.save(path, args=ocp.args.Composite(**trees))
+    return saver
+
+
+def finish_save(saver: ocp.AsyncCheckpointer) -> None:
+    """Wait until the checkpoint has its final name; raises what kept it from that."""
+    with _quiet():
+        try:
+            saver.wait_until_finished()
+        finally:
+            saver.close()
+
+
+def load(path: Path, item: str, target: dict[str, Any]) -> dict[str, Any]:
+    """Read an item onto the devices of ``target``, a nested dict of `jax.ShapeDtypeStruct` with shardings.
+
+    Names, shapes and dtypes must be those on disk: Orbax would cast another dtype without a word.
+    """
+    return _handler().restore(
+        path.absolute() / item,
+        args=ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)),
+    )
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from logging each save's missing OCDBT folders, and the traceback of an error that we raise anyway."""
+    logger, ours = logging.getLogger("absl"), lambda record: "orbax" not in record.pathname
+    logger.addFilter(ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(ours)

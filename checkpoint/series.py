@@ -1,0 +1,409 @@
+"""The checkpoint series of a run: list, choose, restore and check what is there, and add to it.
+
+    RUN/series/init/  000/ 001/ ...   checkpoints that are kept
+    RUN/rolling/00001234/             the newest state, kept only to resume
+    RUN/series.jsonl                  one line per series checkpoint, derived from the manifests
+
+A checkpoint is a folder with items (`checkpoint.arrays`) and a manifest (`checkpoint.manifest`). It counts from the
+moment its manifest is there, and the manifest is written last: whatever a crash leaves behind is without one. In a run
+of several processes, all call `SeriesWriter` and `restore` alike.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+
+from checkpoint import arrays, files
+from checkpoint.manifest import FILE, Manifest
+from checkpoint.names import flat, nest, unnest
+from errors import RunError, UserError
+
+KINDS = ("series", "rolling")
+_BARRIER_MS = 20 * 60 * 1000  # hashing 100 GB on a slow disk, twice
+REF_SYNTAX = "DIR@K, DIR@init, DIR@latest, DIR@A:B:C, DIR@all or DIR@step=N"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A committed checkpoint."""
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+    """SHA-256 of the manifest file, hex: names the checkpoint's content."""
+
+    def has(self, item: str) -> bool:
+        """Whether it holds an item, "params" or "optimizer"."""
+        return any(name.startswith(item + "/") for name in self.manifest.tensors)
+
+
+class Series:
+    """The committed checkpoints of a run directory, as they are at each call."""
+
+    def __init__(self, run: Path):
+        self.run = Path(run)
+        self._known: dict[Path, tuple[tuple[int, ...], Entry]] = {}
+
+    def entries(self) -> list[Entry]:
+        """Series checkpoints by index, "init" first.
+
+        Raises:
+            RunError: a manifest is damaged or not of its folder.
+            UserError: a manifest was written by a newer version.
+        """
+        return sorted(self._read("series"), key=lambda e: e.manifest.index)
+
+    def rolling(self) -> Entry | None:
+        """The newest rolling checkpoint. Raises as `entries` does."""
+        return max(self._read("rolling"), key=lambda e: e.manifest.step, default=None)
+
+    def newest(self) -> Entry | None:
+        """The checkpoint to resume from: of the furthest step with optimizer state. Raises as `entries` does."""
+        both = [*self._read("rolling"), *self.entries()]
+        rank = lambda e: (e.manifest.step, e.manifest.kind == "series")  # noqa: E731
+        return max((e for e in both if e.has("optimizer")), key=rank, default=None)
+
+    def resolve(self, selector: str) -> list[Entry]:
+        """The checkpoints that a selector, the part of a reference after "@", names; at least one.
+
+        ``K`` an index, ``init``, ``latest``, ``all``, ``step=N``, or a Python slice over the indices from 0
+        (``0:360:10``, ``-5:``); "init" is in no slice.
+
+        Raises:
+            UserError: nothing has this name, or it is not a selector; says what there is.
+        """
+        entries = self.entries()
+        if not entries:
+            raise UserError(f"{self.run}: no finished checkpoint in it")
+        by_index = {e.manifest.index: e for e in entries}
+        chosen: list[Entry | None]
+        if selector == "all":
+            chosen = [*entries]
+        elif selector == "latest":
+            chosen = [entries[-1]]
+        elif selector == "init":
+            chosen = [by_index.get(-1)]
+        elif re.fullmatch(r"\d+", selector):
+            chosen = [by_index.get(int(selector))]
+        elif match := re.fullmatch(r"step=(\d+)", selector):
+            chosen = [next((e for e in entries if e.manifest.step == int(match[1])), None)]
+        elif re.fullmatch(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?", selector):
+            bounds = [int(part) if part else None for part in selector.split(":")]
+            if bounds[2:] == [0]:
+                raise UserError(f"{self.run}@{selector}: a slice cannot step by 0")
+            chosen = [by_index.get(i) for i in range(*slice(*bounds).indices(entries[-1].manifest.index + 1))]
+            chosen = [e for e in chosen if e]  # a pruned series has gaps
+        else:
+            near = difflib.get_close_matches(selector, ["init", "latest", "all", "step="], 1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{self.run}@{selector}: not a checkpoint selector{hint}; write {REF_SYNTAX}")
+        found = [e for e in chosen if e]
+        if not found:
+            raise UserError(f"{self.run}@{selector}: no such checkpoint; there are {_overview(entries, selector)}")
+        return found
+
+    def _read(self, kind: str) -> list[Entry]:
+        return [entry for path in _folders(self.run / kind) if (entry := self._entry(path, kind))]
+
+    def _entry(self, path: Path, kind: str) -> Entry | None:
+        file = path / FILE
+        try:
+            stat = file.stat()
+            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if path in self._known and self._known[path][0] == stamp:
+                return self._known[path][1]
+            raw = file.read_bytes()
+        except FileNotFoundError:  # torn, or being written or removed just now
+            return None
+        except OSError as e:
+            raise RunError(f"{file}: cannot be read ({e.strerror})") from e
+        manifest = Manifest.from_json(raw, str(file))
+        if (manifest.kind, manifest.name) != (kind, path.name):
+            raise RunError(f"{path}: holds the manifest of {manifest.kind}/{manifest.name}; remove this copied folder")
+        entry = Entry(path, manifest, hashlib.sha256(raw).hexdigest())
+        self._known[path] = (stamp, entry)
+        return entry
+
+
+def parse_ref(ref: str) -> tuple[Path, str]:
+    """Run directory and selector of a checkpoint reference.
+
+    Raises:
+        UserError: no "@", nothing after it, or no such directory.
+    """
+    directory, at, selector = ref.rpartition("@")
+    if not at or not directory or not selector:
+        raise UserError(f"{ref!r}: not a checkpoint reference; write {REF_SYNTAX}")
+    if not Path(directory).is_dir():
+        raise UserError(f"{ref!r}: there is no directory {directory}; write {REF_SYNTAX}")
+    return Path(directory), selector
+
+
+def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: bool = True) -> tuple[Any, Any]:
+    """Arrays of a checkpoint, each read straight to the devices that its target names, on any mesh.
+
+    Args:
+        entry: the checkpoint.
+        params: pytree of `jax.ShapeDtypeStruct` with shardings, or None to leave them out.
+        optimizer: the same for the optimizer state.
+        verify: compare every file to be read with the manifest first.
+
+    Returns:
+        (params, optimizer) with the structure of their targets; None for None.
+
+    Raises:
+        UserError: names, shapes or dtypes are not those of the checkpoint.
+        RunError: a file is missing, changed or not part of the checkpoint.
+    """
+    targets = {item: t for item, t in (("params", params), ("optimizer", optimizer)) if t is not None}
+    for item, target in targets.items():
+        _check_target(entry, item, target)
+    if verify:
+        verify_files(entry, targets.keys())
+    restored = {}
+    for item, target in targets.items():
+        try:
+            nested = arrays.load(entry.path, item, nest(target))
+        except Exception as e:  # tensorstore has no error type of its own
+            raise RunError(f"{entry.path}: cannot be read: {_reason(e)}") from e
+        restored[item] = unnest(target, nested)
+    return restored.get("params"), restored.get("optimizer")
+
+
+def verify_files(entry: Entry, items: Collection[str] | None = None) -> None:
+    """Read every file of a checkpoint and compare it with the manifest.
+
+    Args:
+        entry: the checkpoint.
+        items: leave out the files of other items.
+
+    Raises:
+        RunError: names the files that are missing, changed or not part of it.
+    """
+
+    def concerned(name: str) -> bool:
+        item, slash, _ = name.partition("/")
+        return items is None or not slash or item in items
+
+    try:
+        found = [name for name in files.listing(entry.path) if concerned(name)]
+        expected = {name: f for name, f in entry.manifest.files.items() if concerned(name)}
+        problems = files.differences(entry.path, expected, [name for name in found if name != FILE])
+        if FILE not in found or files.hashes(entry.path, [FILE])[FILE]["sha256"] != entry.sha256:
+            problems.insert(0, f"{FILE} has changed")
+    except OSError as e:
+        raise RunError(f"{entry.path}: cannot be read: {e}") from e
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise RunError(
+            f"{entry.path}: damaged: {'; '.join(problems[:5])}{more}. Put back an intact copy, or remove the folder"
+        )
+
+
+class SeriesWriter:
+    """Adds checkpoints to a run while it trains; the only writer of its directory. Use it in a ``with`` statement.
+
+    Raises:
+        UserError: another process writes in this run.
+        RunError: the directory cannot be made or locked.
+    """
+
+    def __init__(self, run: Path):
+        self.run = Path(run).absolute()
+        self._primary = jax.process_index() == 0
+        self._lock = files.Lock(self.run) if self._primary else None
+        self._series = Series(self.run)
+        self._thread: threading.Thread | None = None
+        self._failure: RunError | None = None
+        self._barriers = 0
+
+    def __enter__(self) -> "SeriesWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except RunError as e:
+            if error is None:
+                raise
+            error.add_note(f"Besides: {e}")
+        finally:
+            if self._lock:
+                self._lock.release()
+
+    def clean(self) -> list[Path]:
+        """Remove what a crash left: torn checkpoints, rolling ones that are not the newest; rebuild ``series.jsonl``.
+
+        Returns:
+            What was removed.
+        """
+        self.wait()
+        removed: list[Path] = []
+        if self._primary:
+            removed = [p for kind in KINDS for p in _folders(self.run / kind) if not (p / FILE).exists()]
+            for path in removed:
+                files.remove(path, FILE)
+            if newest := self._series.newest():
+                removed += self._prune(newest.manifest)
+            lines = "".join(map(_line, self._series.entries()))
+            index = self.run / "series.jsonl"
+            if lines != (index.read_text() if index.exists() else ""):
+                files.write_atomically(index, lines)
+        self._barrier()
+        return removed
+
+    def save(
+        self, kind: Literal["series", "rolling"], *, params: Any, optimizer: Any | None, manifest: Manifest
+    ) -> None:
+        """Save a state; returns once its arrays are copied to host memory. Waits for the save before this one.
+
+        Args:
+            kind: that of the manifest.
+            params: pytree of arrays; may be donated or deleted after the return.
+            optimizer: the same, or None for a checkpoint that cannot be resumed from.
+            manifest: without ``tensors`` and ``files``.
+
+        Raises:
+            RunError: the checkpoint exists, cannot be written, or the save before this one failed.
+            UserError: names of arrays that cannot be folders.
+        """
+        self.wait()
+        assert kind == manifest.kind, (kind, manifest.kind)
+        items = {"params": nest(params)} | ({} if optimizer is None else {"optimizer": nest(optimizer)})
+        tensors = {
+            f"{item}/{name}": {"shape": list(x.shape), "dtype": x.dtype.name}
+            for item, tree in items.items()
+            for name, x in flat(tree).items()
+        }
+        for item, tree in items.items():
+            if not tree:
+                raise UserError(f"{manifest.name}: {item} holds no array; give None to save without")
+        path = self.run / kind / manifest.name
+        if (path / FILE).exists():
+            raise RunError(f"{path}: is finished, and a checkpoint is never overwritten; remove it to save it again")
+        try:
+            self._discard(path)
+            saver = arrays.start_save(path, items)
+        except Exception as e:
+            self._discard(path)
+            raise self._failed(path, e) from e
+        manifest = dataclasses.replace(manifest, tensors=tensors)
+        self._thread = threading.Thread(target=self._commit, args=(saver, path, manifest), name=f"commit {path.name}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until the last save is committed.
+
+        Raises:
+            RunError: it failed.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._failure:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _commit(self, saver: ocp.AsyncCheckpointer, path: Path, manifest: Manifest) -> None:
+        try:
+            arrays.finish_save(saver)
+            if self._primary:
+                manifest = dataclasses.replace(manifest, files=files.hashes(path, files.listing(path)))
+                text = manifest.to_json()
+                files.write_atomically(path / FILE, text)
+                if manifest.kind == "series":
+                    with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
+                        index.write(_line(Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())))
+                self._prune(manifest)
+            self._barrier()
+        except Exception as e:
+            self._failure = self._failed(path, e)
+            self._failure.__cause__ = e
+            self._discard(path)
+
+    def _prune(self, newest: Manifest) -> list[Path]:
+        """Remove the rolling checkpoints that a newer one makes useless."""
+        superseded = newest.step + (newest.kind == "series")
+        old = [p for p in _folders(self.run / "rolling") if p.name.isdigit() and int(p.name) < superseded]
+        for path in old:
+            files.remove(path, FILE)
+        return old
+
+    def _discard(self, path: Path) -> None:
+        """Remove what there is of an unfinished checkpoint; what cannot be removed now, `clean` removes."""
+        if self._primary and not (path / FILE).exists():
+            for left in _folders(path.parent):
+                if left.name == path.name or left.name.startswith(path.name + ".orbax-checkpoint-tmp"):
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _failed(self, path: Path, error: Exception) -> RunError:
+        what = "is saved, but not listed" if (path / FILE).exists() else "could not be saved"
+        return RunError(
+            f"{path}: {what}: {_reason(error)}. The finished checkpoints are untouched; free some disk space and run "
+            "the same command again"
+        )
+
+    def _barrier(self) -> None:
+        """All processes pass together; safe in a thread, unlike a collective on the devices."""
+        if jax.process_count() > 1:
+            self._barriers += 1
+            ocp.multihost.get_barrier_sync_fn()(key=f"checkpoint.series.{self._barriers}", timeout_ms=_BARRIER_MS)
+
+
+def _check_target(entry: Entry, item: str, target: Any) -> None:
+    stored = {n.partition("/")[2]: t for n, t in entry.manifest.tensors.items() if n.startswith(item + "/")}
+    if not stored:
+        raise UserError(f"{entry.path}: holds no {item}, only {', '.join(i for i in arrays.ITEMS if entry.has(i))}")
+    wanted = flat(target)
+    describe = lambda t: f"{t['dtype']} {list(t['shape'])}"  # noqa: E731
+    problems = [f"{name} is not in it" for name in sorted(wanted.keys() - stored.keys())]
+    problems += [f"{name} is in it but was not asked for" for name in sorted(stored.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        asked = {"shape": list(wanted[name].shape), "dtype": wanted[name].dtype.name}
+        if asked != stored[name]:
+            problems.append(f"{name} is {describe(stored[name])}, expected {describe(asked)}")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise UserError(f"{entry.path}: its {item} are of another model: {'; '.join(problems[:5])}{more}")
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+
+
+def _line(entry: Entry) -> str:
+    """The line of a checkpoint in ``series.jsonl``."""
+    m = entry.manifest
+    fields = ("name", "index", "phase", "step", "tokens", "learning_rate", "loss", "wall_time")
+    line = {field: getattr(m, field) for field in fields}
+    line |= {"bytes": sum(f["bytes"] for f in m.files.values()), "manifest_sha256": entry.sha256}
+    return json.dumps(line) + "\n"
+
+
+def _overview(entries: list[Entry], selector: str) -> str:
+    """The checkpoints there are, near the number in a selector."""
+    value = lambda e: e.manifest.step if "step" in selector else e.manifest.index  # noqa: E731
+    number = re.search(r"\d+", selector)
+    aim = int(number[0]) if number else 0
+    near = sorted(sorted(entries, key=lambda e: abs(value(e) - aim))[:5], key=value)
+    names = ", ".join(f"{'init' if e.manifest.index < 0 else e.manifest.index} (step {e.manifest.step})" for e in near)
+    return f"{len(entries)}, the nearest {names}" if len(entries) > 5 else names
+
+
+def _reason(error: BaseException) -> str:
+    """The useful end of an exception chain, on one line: Orbax hides tensorstore's message in the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\s*\[(tensorstore_spec|source locations)=.*", "", " ".join(str(error).split()))
+    return (text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}") or type(error).__name__
