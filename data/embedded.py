@@ -15,6 +15,7 @@ from pathlib import Path
 
 # Not library code, or not in every Python version; site-packages lies below the standard library's folder.
 _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _stdlib() -> Iterator[tuple[str, str]]:
@@ -89,6 +90,13 @@ def _docstrings_of(source: str) -> str:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""  # a template, or Python of another version
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return "\n\n".join(text for text in found if text)
+    return "\n\n".join(_docstrings_in([tree]))
+
+
+def _docstrings_in(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    # Statements only, in source order: ast.walk visits every expression too and takes several times as long.
+    for node in nodes:
+        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+            yield text
+        for block in ("body", "orelse", "handlers", "finalbody"):
+            yield from _docstrings_in(getattr(node, block, ()))

@@ -44,7 +44,8 @@ _Label = TypeVar("_Label")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_BATCH_BYTES = 1 << 20  # characters of text that go to a worker at a time, about
+_BATCH_CHARACTERS = 1 << 18  # of text that go to a worker at a time, about
+_TRAINING_BYTES_PER_PIECE = 2000  # more text no longer changes which pieces are frequent
 _LOG_EVERY_S = 10.0
 _STARTED = ".prepare-started"  # marks an unfinished folder as ours, so that it may be cleared
 _WORK = "work.part"
@@ -182,7 +183,7 @@ def _tokenizer(config: PrepareConfig, trained: Path, log: Callable[[str], object
     """Return the given tokenizer, or one trained on equal shares of text from all sources."""
     if config.tokenizer is None:
         log(f"training a tokenizer of {config.vocab_size} pieces")
-        train_tokenizer(_sample(config), config.vocab_size, trained)
+        train_tokenizer(_sample(config), config.vocab_size, trained, _TRAINING_BYTES_PER_PIECE * config.vocab_size)
         return Tokenizer(trained)
     tokenizer = Tokenizer(config.tokenizer)
     if tokenizer.vocab_size != config.vocab_size:
@@ -262,7 +263,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= _BATCH_BYTES:
+        if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -24,13 +24,8 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a SentencePiece model that can be loaded ({error})") from error
         if self.eos_id < 0:
-            raise UserError(f"{path}: has no end-of-document token; train it with an eos id")
-        eos = self._processor.id_to_piece(self.eos_id)
-        if self.eos_id in self.encode(eos):
-            raise UserError(
-                f"{path}: a document could type the end-of-document token {eos!r}; "
-                "it must be a control piece, not a user-defined one"
-            )
+            # Also where `</s>` is a user-defined piece: SentencePiece has an eos id only if text cannot spell it.
+            raise UserError(f"{path}: has no end-of-document token; train it with `</s>` as a control piece")
 
     @property
     def vocab_size(self) -> int:
