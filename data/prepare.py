@@ -125,6 +125,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], object] = print) -> Data
             chunks=config.chunks,
             seed=config.seed,
         )
+        # Drawn here, once: the layout takes the draw along to the workers.
+        held_out = sum(len(windows) for windows in layout.validation)
+        log(f"validation: {held_out:,} windows held out")
         chunk_files = _write_chunks(config, layout, [s.path for s in streams], pool, log)
         sources = tuple(_source_record(config, layout, j, stream) for j, stream in enumerate(streams))
         manifest = DataManifest(

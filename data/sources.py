@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pyarrow
 import pyarrow.parquet
@@ -141,14 +141,16 @@ def _records(spec: SourceSpec) -> Iterator[Document | Bad]:
 def _files(spec: SourceSpec) -> list[tuple[Path, str]]:
     """Return (path, name) of a source's files, sorted by name: the path below the folder, or below a glob's fixed part.
 
-    Files and folders whose names begin with a dot are passed over (`.git`, `.DS_Store`), unless named directly.
+    Files and folders whose names begin with a dot are passed over (`.git`, `.DS_Store`), unless named directly, and
+    links to folders are not followed.
     """
     location = Path(spec.location).expanduser()
     if location.is_dir():
         root, paths = location, []
-        for folder, folders, names in os.walk(location):
+        for folder, folders, names in os.walk(location, onerror=_unreadable_folder):
             folders[:] = [f for f in folders if not f.startswith(".")]
             paths += [Path(folder, n) for n in names if not n.startswith(".")]
+        paths = [p for p in paths if p.is_file() or not p.exists()]  # no pipes or devices; a dangling link is an error
     elif location.exists():
         root, paths = location.parent, [location]
     else:
@@ -161,6 +163,10 @@ def _files(spec: SourceSpec) -> list[tuple[Path, str]]:
     if not files:
         raise UserError(f"source {spec.name}: no files in {spec.location}")
     return [(path, name) for name, path in files]
+
+
+def _unreadable_folder(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it, or take it out of the source")
 
 
 def _reader(name: str) -> Callable[[Path, str], Iterator[Document | Bad]]:
@@ -191,13 +197,13 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document | Bad]:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield Bad(where, _undecodable(error))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
                 yield Bad(where, f"not JSON ({error})")
             else:
                 text = _text_field(row) if isinstance(row, dict) else None
                 yield Bad(where, "no string in field 'text' or 'content'") if text is None else Document(where, text)
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-        yield Bad(f"{name}:{number + 1}", f"the file is truncated or corrupt from here on ({error})")
+        yield Bad(f"{name}:{number + 1}", f"the file cannot be read from here on ({error})")
 
 
 def _text_field(row: dict) -> str | None:
@@ -227,7 +233,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document | Bad]:
                     else:
                         yield Bad(f"{name}:{row}", f"no string in column {column!r}")
     except (pyarrow.ArrowException, OSError) as error:
-        yield Bad(f"{name}:{row + 1}", f"the file is truncated or corrupt from here on ({error})")
+        yield Bad(f"{name}:{row + 1}", f"the file cannot be read from here on ({error})")
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -236,7 +242,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
     Not through the libraries' file objects: zstandard's ends a cut file without an error, gzip's loses what was whole.
     """
     decompressor = _DECOMPRESSORS.get(path.suffix)
-    member = None  # of a compressed file, which may be several one after another
+    member = decompressor and decompressor()  # a compressed file may be several, one after another
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             if decompressor is None:

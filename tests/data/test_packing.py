@@ -72,7 +72,7 @@ def plain_chunks(windows: dict[str, int], validation: int, chunks: int, seed: in
     return [[file[e] for e in permutation(len(file), seed, c)] for c, file in enumerate(files)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(0, 200), min_size=1, max_size=4),
     st.integers(0, 9),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,9 @@ from data.sources import SourceSpec
 from data.tokenizer import Tokenizer
 from errors import RunError, UserError
 
-quiet = lambda line: None  # noqa: E731
+
+def quiet(line: str) -> None:
+    pass
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -64,7 +67,7 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.lists(texts, max_size=12), min_size=1, max_size=3), st.integers(0, 3), st.integers(1, 4))
 @example([["0" * 15] * 7, ["0" * 15] * 6], 2, 4)  # nothing over: the second source has just enough
 def test_prepared_data_is_the_fact_sheets(prepared, corpora, validation, chunks):
@@ -146,6 +149,13 @@ def test_complete_data_is_returned_as_it_is(config, prepared):
     assert lines == [f"{prepared}: already prepared from this configuration, nothing to do"]
 
 
+def test_complete_data_that_has_lost_a_file_is_reported(config, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    (tmp_path / "set" / "chunks" / "003.arrayrecord").unlink()
+    with pytest.raises(RunError, match=r"003\.arrayrecord: missing .*; restore it or prepare the data again"):
+        prepare(dataclasses.replace(config, out=tmp_path / "set"), log=quiet)
+
+
 def test_complete_data_is_never_overwritten(config, prepared):
     for change in ({"seed": 8}, {"recipe": "other"}, {"sources": config.sources[::-1]}, {"on_bad": "skip"}):
         with pytest.raises(
@@ -183,7 +193,8 @@ def test_progress_is_logged(config, tmp_path):
     assert lines[0] == "training a tokenizer of 400 pieces"
     assert lines[1].startswith("source code: 40 documents, ")
     assert lines[1].endswith("MB/s); left out: 0 empty, 0 bad")
-    assert lines[3].startswith("chunks: 4 of ")
+    assert lines[3] == "validation: 10 windows held out"
+    assert lines[4].startswith("chunks: 4 of ")
 
 
 def test_bad_records_are_refused_or_counted(config, tmp_path):

@@ -69,6 +69,23 @@ def test_text_files_are_one_document_each_in_the_order_of_their_paths(tmp_path):
     assert documents(f"{tmp_path}/**/*.py") == [("a/z.py", "text of a/z.py\r\n")]
 
 
+def test_pipes_are_passed_over_and_dangling_links_are_bad(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "pipe")
+    assert documents(tmp_path) == [("a.txt", "a")]
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"source s: link\.txt: cannot be read \(No such file or directory\)"):
+        documents(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\); allow it, or take it out"):
+        documents(tmp_path)
+
+
 def test_max_bytes_ends_with_the_document_that_reaches_it(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "äb"}) + "\n" for _ in range(9)))
     assert len(documents(tmp_path, max_bytes=6)) == 2
@@ -99,26 +116,29 @@ BAD = [
     ("a.jsonl", numbered(b'{"text": "caf\xe9"}'), 2, "a.jsonl:2: not UTF-8 (byte 0xe9 at offset 13)"),
     ("a.jsonl", numbered(b'{"text": '), 2, "a.jsonl:2: not JSON ("),
     ("a.jsonl", numbered(b"[" * 100_000), 2, "a.jsonl:2: not JSON ("),
+    ("a.jsonl", numbered(b'{"text": "x", "n": ' + b"9" * 5000 + b"}"), 2, "a.jsonl:2: not JSON (Exceeds the limit"),
     ("a.jsonl", numbered(b'{"body": "x"}'), 2, "a.jsonl:2: no string in field 'text' or 'content'"),
     ("a.jsonl", numbered(b'{"text": 7}'), 2, "a.jsonl:2: no string in field 'text' or 'content'"),
     ("a.jsonl", numbered(b'["text"]'), 2, "a.jsonl:2: no string in field 'text' or 'content'"),
     ("a.jsonl", numbered(b'{"text": "\\ud800"}'), 2, "a.jsonl:2: the text holds a lone surrogate"),
-    ("a.jsonl.gz", gzip.compress(MANY)[:-9], None, "the file is truncated or corrupt from here on (the file ends"),
-    ("a.jsonl.gz", b"no gzip", 0, "a.jsonl.gz:1: the file is truncated or corrupt from here on (Error -3"),
+    ("a.jsonl.gz", gzip.compress(MANY)[:-9], None, "the file cannot be read from here on (the file ends"),
+    ("a.jsonl.gz", b"no gzip", 0, "a.jsonl.gz:1: the file cannot be read from here on (Error -3"),
     (
         "a.jsonl.gz",
         gzip.compress(MANY[:900])[:-6] + bytes(6),
         0,
-        "the file is truncated or corrupt from here on (Error -3",
+        "the file cannot be read from here on (Error -3",
     ),
     (
         "a.jsonl.zst",
         zstandard.compress(MANY)[:-9],
         None,
-        "the file is truncated or corrupt from here on (the file ends",
+        "the file cannot be read from here on (the file ends",
     ),
-    ("a.jsonl.zst", b"no zstd", 0, "a.jsonl.zst:1: the file is truncated or corrupt from here on (zstd decomp"),
-    ("a.parquet", truncated_parquet, 0, "a.parquet:1: the file is truncated or corrupt from here on ("),
+    ("a.jsonl.gz", b"", 0, "a.jsonl.gz:1: the file cannot be read from here on (the file ends inside"),
+    ("a.jsonl.zst", b"", 0, "a.jsonl.zst:1: the file cannot be read from here on (the file ends inside"),
+    ("a.jsonl.zst", b"no zstd", 0, "a.jsonl.zst:1: the file cannot be read from here on (zstd decomp"),
+    ("a.parquet", truncated_parquet, 0, "a.parquet:1: the file cannot be read from here on ("),
     ("a.parquet", utf16_parquet, 1, "a.parquet:2: not UTF-8 (byte 0xff at offset 0)"),
     (
         "a.parquet",
@@ -154,7 +174,7 @@ def test_bad_records(tmp_path, name, content, good, message):
         assert len(found) > 1
         lines = MANY.decode().splitlines()
         assert [t for _, t in found[:-1]] == [json.loads(line)["text"] for line in lines[: len(found) - 1]]
-        assert f"{name}:{len(found)}: the file is" in report.bad_named[0]
+        assert f"{name}:{len(found)}: the file cannot" in report.bad_named[0]
 
 
 def test_only_the_first_bad_records_are_named(tmp_path):
