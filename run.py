@@ -309,7 +309,7 @@ def logits(args: Logits) -> dict[str, Any]:
     model, weights, mesh, name = _open(args.ref, args.mesh)
     result = forward(model, weights, tokens, mesh, Region(args.compute_dtype))
     try:
-        np.savez(args.out, **result)
+        np.savez(args.out, logits=result["logits"])
     except OSError as e:
         raise RunError(f"--out {args.out}: cannot write it ({e.strerror})") from e
     shape = list(result["logits"].shape)
@@ -321,6 +321,7 @@ def logits(args: Logits) -> dict[str, Any]:
 def generate(args: Generate) -> dict[str, Any]:
     """Verb `generate`."""
     from checkpoint.series import parse_ref
+
     from data.tokenizer import Tokenizer
     from inference.generate import Sampling
     from inference.generate import generate as generate_tokens
@@ -345,9 +346,7 @@ def generate(args: Generate) -> dict[str, Any]:
     texts = [tokenizer.decode(p + n) for p, n in zip(prompts, new, strict=True)]
     if not args.json:
         print("\n---\n".join(texts))
-    continuations = [
-        {"prompt": p, "text": t, "new_tokens": n} for p, t, n in zip(args.prompt, texts, new, strict=True)
-    ]
+    continuations = [{"prompt": p, "text": t, "new_tokens": n} for p, t, n in zip(args.prompt, texts, new, strict=True)]
     return {"checkpoint": name, "continuations": continuations}
 
 
@@ -368,8 +367,8 @@ def _simulate(devices: int | None) -> None:
 def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
     """Model, parameters placed on a mesh, the mesh, and the name of one checkpoint of a run."""
     import jax
-
     from checkpoint.series import Series, parse_ref, restore
+
     from layers import params
     from parallel.mesh import MeshConfig
 
@@ -478,7 +477,9 @@ def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> An
             note(f"RECIPE is one of {', '.join(known)}; the defaults shown are those of amber_tiny\n")
             name = "amber_tiny"
         else:
-            raise UserError(f"{verb}: the recipe is missing; write run.py {verb} RECIPE …, with one of {', '.join(known)}")
+            raise UserError(
+                f"{verb}: the recipe is missing; write run.py {verb} RECIPE …, with one of {', '.join(known)}"
+            )
         prog += f" {name}"
         missing = {f.name: tyro.MISSING for f in dataclasses.fields(arguments) if f.default is dataclasses.MISSING}
         default = arguments(**{**missing, "config": known[name]()})

@@ -1,7 +1,7 @@
 """Amber's architecture as numbers."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -45,7 +45,7 @@ class AmberConfig(ModelConfig):
         if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
             raise UserError(f"model: padding_id={self.padding_id} is outside the vocabulary of {self.vocab_size}")
 
-    def build(self, key: jax.Array):
+    def build(self, key: jax.Array) -> Any:
         """An `amber_jax.model.Amber`."""
         from amber_jax.model import Amber  # the model imports this file for its type
 

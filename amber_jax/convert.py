@@ -97,9 +97,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: AmberConfig) -> dict[str,
         "mlp_norm.scale": (c.embed,),
     }
     for ours, theirs in LAYER.items():
-        rows = [
-            take(f"model.layers.{n}.{theirs}", *shapes.get(ours, (width, c.embed))).T for n in range(c.num_layers)
-        ]
+        rows = [take(f"model.layers.{n}.{theirs}", *shapes.get(ours, (width, c.embed))).T for n in range(c.num_layers)]
         stacked = np.stack(rows)
         if ours == "attention.wo":
             stacked = stacked.reshape(c.num_layers, c.num_heads, c.head_dim, c.embed)

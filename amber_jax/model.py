@@ -28,7 +28,9 @@ class Attention(nnx.Module):
         self.wo = param(init, o, (*shape[1:], config.embed), ("heads", "head_dim", "embed"))
         self.rope_base = config.rope_base
 
-    def __call__(self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None):
+    def __call__(
+        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
+    ) -> tuple[jax.Array, Cache | None]:
         """Residual-stream shape in and out, and the cache with this call's keys and values."""
         x = region.enter(x)  # [B, S, D]
         q, k, v = (jnp.einsum("bsd,dhk->bshk", x, w[...]) for w in (self.wq, self.wk, self.wv))
@@ -54,7 +56,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed, config.norm_eps, norm2)
         self.mlp = SwiGLU(config.embed, config.mlp, jax.nn.initializers.normal(config.init_std), mlp)
 
-    def __call__(self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None):
+    def __call__(
+        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
+    ) -> tuple[jax.Array, Cache | None]:
         """Residual stream and cache in and out."""
         y, cache = self.attention(self.attention_norm(x), region, cache, slots)
         x = x + y
@@ -83,7 +87,7 @@ class Amber(nnx.Module):
         """See `layers.model.LanguageModel`."""
         x = region.use(self.embedding)(tokens, region)
 
-        def block(layer: Block, x: jax.Array, cache: Cache | None):
+        def block(layer: Block, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
             x, cache = layer(x, region, cache, slots)
             return x, x if keep_layers else cache
 

@@ -96,7 +96,7 @@ def main():
     def plain_step(params, moments, batch):
         loss, gradients = jax.value_and_grad(plain_loss)(params, batch, config.model, config.execution.region.dtype)
         updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, loss, optax.global_norm(gradients)
+        return optax.apply_updates(params, updates), moments, loss, optax.tree.norm(gradients)
 
     ours = program.init()
     params = jax.device_put(jax.tree.map(jnp.array, ours.params), mesh.devices.flat[0])
@@ -107,8 +107,9 @@ def main():
     plain_batches = [Batch(*(jax.device_put(a, mesh.devices.flat[0]) for a in b)) for b in batches]
     plain = jax.jit(plain_step, donate_argnums=(0, 1)).lower(params, moments, plain_batches[0]).compile()
 
-    times = {"ours": [], "plain": []}
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
     for n, (batch, plain_batch) in enumerate(zip(batches, plain_batches)):
+
         def run_ours(batch=batch):
             nonlocal ours
             ours, values = program.train_step(ours, batch)

@@ -1,4 +1,4 @@
-"""Text from a model: prompts are read once into a key/value cache, then one token at a time comes out of a compiled loop."""
+"""Text from a model: prompts fill a key/value cache once, then one token at a time comes out of a compiled loop."""
 
 import dataclasses
 import functools
@@ -193,7 +193,8 @@ def _without_cache(
 ) -> np.ndarray:
     rows = len(prompts)
     lengths = np.array([len(p) for p in prompts])
-    tokens = np.zeros((rows, min(model.context_length, _bucket(int(lengths.max()) + sampling.max_new_tokens))), np.int32)
+    width = min(model.context_length, _bucket(int(lengths.max()) + sampling.max_new_tokens))
+    tokens = np.zeros((rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt  # right padding: a causal model never reads it
     key = jax.random.key(sampling.seed)

@@ -3,7 +3,7 @@
 Faster kernels will be chosen from the mesh's platform; this one stays as the reference that they are tested against.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,21 @@ _MASKED = -1e30
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier positions, one layer's or (with a leading L) all layers'. Each [B, T, H, K]."""
+    """Keys and values of earlier positions (or their specs), one layer's or, with a leading L, all layers'.
 
-    key: jax.Array
-    value: jax.Array
+    Each [B, T, H, K].
+    """
+
+    key: Any
+    value: Any
 
 
 class Slots(NamedTuple):
-    """Where new positions go in a cache, the same for all layers."""
+    """Where new positions go in a cache, the same for all layers (arrays, or their specs)."""
 
-    next: jax.Array
+    next: Any
     """int32 scalar: first slot that is written now."""
-    start: jax.Array
+    start: Any
     """int32 [B]: first slot that holds a real token; those before it are left padding."""
 
     def positions(self, length: int) -> jax.Array:

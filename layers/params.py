@@ -72,7 +72,7 @@ def gather(module: M, dtype: jnp.dtype) -> M:
     call, not once per use.
     """
 
-    def ready(p: nnx.Param) -> nnx.Param:
+    def ready(p: nnx.Param) -> nnx.Variable:
         logical = _axes(p)
         target = p.dtype if "norm" in logical else dtype
         value = vary(p[...])
@@ -91,6 +91,4 @@ def count(module: nnx.Module) -> int:
 def abstract_arrays(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
     """Nested dict of `jax.ShapeDtypeStruct` with shardings on ``mesh``: the target of a restore."""
     pure = nnx.to_pure_dict(nnx.split(module)[1])
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), pure, shardings(module, mesh)
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), pure, shardings(module, mesh))

@@ -1,4 +1,4 @@
-"""A stack of equal blocks: one module with a leading layer axis, run by `lax.scan`, so that compile time is flat in L."""
+"""A stack of equal blocks: one module with a leading layer axis, run by `lax.scan`: compile time is flat in L."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,7 +17,9 @@ def stack(make: Callable[[jax.Array], M], num_layers: int, key: jax.Array) -> M:
     return jax.vmap(make)(jax.random.split(key, num_layers))
 
 
-def run(block: Callable[..., tuple[jax.Array, Any]], layers: M, x: jax.Array, region: Region, per_layer: Any = None):
+def run(
+    block: Callable[..., tuple[jax.Array, Any]], layers: M, x: jax.Array, region: Region, per_layer: Any = None
+) -> tuple[jax.Array, Any]:
     """Apply the layers in order.
 
     Args:

@@ -15,7 +15,7 @@ from parallel.collectives import axis_index, pmax, psum
 
 
 class Embedding(nnx.Module):
-    """Token table [V, D]. The row of ``padding_id`` starts at zero and gets no gradient, as in torch (fact sheet 1.4)."""
+    """Token table [V, D]. Row ``padding_id`` starts at zero and gets no gradient, as in torch (fact sheet 1.4)."""
 
     def __init__(self, vocab: int, embed: int, init: Initializer, key: jax.Array, padding_id: int | None):
         self.padding_id = padding_id

@@ -1,8 +1,8 @@
 """Names of logical and mesh axes, and the one table that maps the first to the second.
 
-A weight or activation says what its dimensions *are* (logical axes: ``("embed", "heads", "head_dim")``); this table says
-where they go. Nothing else in the project spells a mesh axis next to a weight, and there is no catch-all: a logical axis
-that is not in the table is an error, not a silent replication.
+A weight or activation says what its dimensions *are* (logical axes: ``("embed", "heads", "head_dim")``); this table
+says where they go. Nothing else in the project spells a mesh axis next to a weight, and there is no catch-all: a
+logical axis that is not in the table is an error, not a silent replication.
 """
 
 from collections.abc import Mapping, Sequence

@@ -64,11 +64,11 @@ def gather_weight(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> ja
     return all_gather(shard.astype(dtype), axis, dim)
 
 
-def _gather_weight_forward(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype):
+def _gather_weight_forward(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return gather_weight(shard, axis, dim, dtype), jnp.zeros((0,), shard.dtype)
 
 
-def _gather_weight_backward(axis: str, dim: int, dtype: jnp.dtype, like: jax.Array, ct: jax.Array):
+def _gather_weight_backward(axis: str, dim: int, dtype: jnp.dtype, like: jax.Array, ct: jax.Array) -> tuple[jax.Array]:
     return (psum_scatter(ct.astype(like.dtype), axis, dim),)
 
 

@@ -49,7 +49,7 @@ class MeshConfig:
         """
         degrees: dict[str, int] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
-            axis, equals, value = (p.strip() for p in part.partition("="))
+            axis, _, value = (p.strip() for p in part.partition("="))
             if axis not in MESH_AXES:
                 near = difflib.get_close_matches(axis, MESH_AXES, n=1, cutoff=0.4)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

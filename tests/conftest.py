@@ -5,7 +5,39 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import dataclasses
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import pytest
+
+from amber_jax.recipes import amber_tiny
+from parallel.mesh import MeshConfig
+
+
+@pytest.fixture
+def mesh_of():
+    """``mesh_of("data=2,tensor=2")``: a mesh over as many of the eight devices as it needs."""
+
+    def make(text):
+        config = MeshConfig.parse(text)
+        return config.build(jax.devices()[: config.size])
+
+    return make
+
+
+@pytest.fixture
+def tiny():
+    """amber_tiny at a size that compiles in a second and that eight devices divide in every way."""
+    recipe = amber_tiny()
+    model = dataclasses.replace(
+        recipe.model, vocab_size=64, context_length=32, num_layers=2, embed=32, num_heads=8, head_dim=4, mlp=48
+    )
+    data = dataclasses.replace(recipe.data, global_batch=8, sequence_length=32, chunks=None)
+    optimizer = dataclasses.replace(recipe.optimizer, peak_learning_rate=1e-2, warmup_steps=5)
+    series = dataclasses.replace(recipe.series, rolling_every_steps=3)
+    mesh = MeshConfig(data=8)
+    return dataclasses.replace(recipe, model=model, data=data, optimizer=optimizer, series=series, mesh=mesh)

@@ -116,7 +116,7 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         _at_least("execution.microbatches", self.microbatches, 1)
-        self.region  # validates the rest
+        _ = self.region  # validates the rest
 
     @property
     def region(self) -> Region:
@@ -197,7 +197,7 @@ class RunConfig:
         """
         if data.vocab_size != self.model.vocab_size:
             raise UserError(
-                f"data: its vocabulary has {data.vocab_size} entries and {self.recipe}'s model {self.model.vocab_size}; "
+                f"data: its vocabulary has {data.vocab_size} entries, {self.recipe}'s model {self.model.vocab_size}; "
                 f"prepare the data for this recipe, or set --model.vocab-size {data.vocab_size}"
             )
         if data.sequence_length != self.data.sequence_length:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from checkpoint.series import Entry, Series, SeriesWriter, restore
 
 from checkpoint.manifest import Manifest, code_version, environment
-from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader
 from errors import RunError, UserError
 from layers.model import ModelConfig
@@ -75,7 +75,9 @@ def train(config: RunConfig, run: Path, data: Any, families: Families, stop_at: 
         state, parent = _restore(program, run, data, writer)
         begin = int(state.step)
         metrics, ledger = MetricsWriter(run, begin), Ledger(run)
-        ledger("resume" if parent else "start", step=begin, mesh=program.mesh.shape, from_=parent and parent.manifest.name)
+        ledger(
+            "resume" if parent else "start", step=begin, mesh=program.mesh.shape, from_=parent and parent.manifest.name
+        )
         log = Log(program, metrics, parent_step=begin - begin % config.data.steps_per_chunk)
         save = Saver(program, data, writer, ledger, run)
         if not metrics.has("validation", begin):

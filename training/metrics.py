@@ -65,7 +65,9 @@ class MetricsWriter:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step if resume_step else None)
 
     def _cut(self, step: int) -> None:
-        kept = [r for r in read_lines(self.path) if r["step"] < step or (r["kind"] == "validation" and r["step"] <= step)]
+        kept = [
+            r for r in read_lines(self.path) if r["step"] < step or (r["kind"] == "validation" and r["step"] <= step)
+        ]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(part, self.path)

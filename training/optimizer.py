@@ -8,8 +8,8 @@ from training.config import OptimizerConfig
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of a 0-based step (fact sheet 2.1).
 
-    Linear from exactly 0 to the peak over ``warmup_steps``, then ``final + (1 + cos(pi t)) / 2 * (peak - final)`` with t
-    from 0 to 1 at ``total_steps``, then constant. A run shorter than its warm-up only warms up.
+    Linear from exactly 0 to the peak over ``warmup_steps``, then ``final + (1 + cos(pi t)) / 2 * (peak - final)`` with
+    t from 0 to 1 at ``total_steps``, then constant. A run shorter than its warm-up only warms up.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,

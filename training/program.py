@@ -112,9 +112,7 @@ class Program:
             mask = np.zeros((rows, samples.shape[1] - 1), np.float32)
             mask[: len(piece)] = 1.0
             arrays = [a.reshape(parts, rows // parts, -1) for a in (full[:, :-1], full[:, 1:], mask)]
-            batches.append(
-                Batch(*(jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays))
-            )
+            batches.append(Batch(*(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)))
         return batches
 
 
@@ -122,7 +120,8 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a training batch."""
     parts, sharding = config.execution.microbatches, steps.batch_sharding(mesh)
     shape = (parts, config.data.global_batch // parts, config.data.sequence_length)
-    return Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=sharding) for t in (jnp.int32, jnp.int32, jnp.float32)))
+    dtypes = (jnp.int32, jnp.int32, jnp.float32)
+    return Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=sharding) for t in dtypes))  # type: ignore[arg-type]
 
 
 def planned_bytes(compiled: Any) -> int:
@@ -131,10 +130,7 @@ def planned_bytes(compiled: Any) -> int:
     if stats is None:
         return 0
     upper = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     )
     peak = int(getattr(stats, "peak_memory_in_bytes", 0))
     # XLA's CPU compiler leaves temporaries out of its peak, so that it is smaller than they are.

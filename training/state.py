@@ -15,7 +15,7 @@ from layers.model import ModelConfig
 class TrainState(NamedTuple):
     """Everything that a step changes."""
 
-    step: jax.Array
+    step: Any
     """int32 scalar: updates done, which is also the index of the next step."""
     params: dict[str, Any]
     """Nested dict of float32 arrays."""
@@ -46,9 +46,7 @@ def shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def init_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
+def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """The state before the first step, each array made on the devices that hold it.
 
     Weights are a pure function of (model, seed), bit for bit the same on every mesh.

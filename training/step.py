@@ -87,7 +87,7 @@ def make_train_step(
     learning_rate: optax.Schedule,
     region: Region,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Any:
     """The jitted ``(state, batch) -> (state, metrics)``. The old state is donated.
 
     Metrics are float32 scalars: loss, grad_norm (true global norm, before clipping), learning_rate (of this update).
@@ -100,7 +100,7 @@ def make_train_step(
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
@@ -109,7 +109,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
 
 
-def make_eval_step(model: ModelConfig, region: Region, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(model: ModelConfig, region: Region, mesh: Mesh) -> Any:
     """The jitted ``(params, batch) -> {"loss_sum", "weight"}``, summed over the global batch."""
     graphdef = model.graphdef()
     param_specs = params.specs(params.shardings(model.abstract, mesh))

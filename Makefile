@@ -1,0 +1,40 @@
+# Every target makes .venv from requirements.lock first if it is not there (or is older than the lock).
+# PYTHON may name an interpreter: make setup PYTHON=python3.12
+
+# The first of these that runs and is Python 3.11 or newer.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint lock clean
+
+setup: $(READY)
+
+$(READY): requirements.lock setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one, or run make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	$(RUN) run.py demo
+
+# Two processes: more gain nothing on two cores, where XLA's compiler is what takes the time.
+test: $(READY)
+	$(RUN) -m pytest -q -n 2 --dist worksteal $(TESTS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Exact versions for Python 3.11 and 3.12 in one file; needs uv (pip install uv).
+lock:
+	uv pip compile -q setup.cfg --extra test --universal --python-version 3.11 --no-annotate \
+		--custom-compile-command "make lock" -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

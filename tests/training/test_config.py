@@ -1,0 +1,99 @@
+import dataclasses
+
+import pytest
+
+from amber_jax.config import AmberConfig
+from amber_jax.recipes import amber_7b
+from data.loader import SyntheticData
+from errors import UserError
+from parallel.mesh import MeshConfig
+from training.config import RunConfig
+
+FAMILIES = {"amber": AmberConfig}
+
+
+def with_data(config, **changes):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def with_execution(config, **changes):
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: with_data(c, global_batch=0), "data.global_batch=0 must be at least 1"),
+        (lambda c: with_data(c, samples_per_chunk=4), "global_batch=8 is larger than a chunk of 4 samples"),
+        (lambda c: with_data(c, sequence_length=64), "longer than the model's context of 32"),
+        (lambda c: with_execution(c, microbatches=3), "microbatches=3 does not divide data.global_batch=8"),
+        (lambda c: with_execution(c, loss_chunks=5), "loss_chunks=5 does not divide data.sequence_length=32"),
+        (lambda c: with_execution(c, loss_chunks=0), "loss_chunks 0: must be at least 1"),
+        (lambda c: with_execution(c, remat="some"), "remat 'some': choose from none, dots, full"),
+        (lambda c: with_execution(c, gather="twice"), "gather 'twice': choose once or layer"),
+        (lambda c: with_execution(c, compute_dtype="float64"), "compute_dtype 'float64'"),
+        (lambda c: dataclasses.replace(c.optimizer, beta2=1.0), r"optimizer.beta2=1.0 must be in \[0, 1\)"),
+        (lambda c: dataclasses.replace(c.optimizer, clip_norm=0.0), "optimizer.clip_norm=0.0 must be positive"),
+        (lambda c: dataclasses.replace(c.series, rolling_every_steps=0), "rolling_every_steps=0 must be at least 1"),
+    ],
+)
+def test_refuses_impossible_configs(tiny, change, message):
+    with pytest.raises(UserError, match=message):
+        change(tiny)
+
+
+def synthetic(**changes):
+    values = {"vocab_size": 64, "sequence_length": 32, "chunks": 3, "samples_per_chunk": 80, "seed": 0}
+    return SyntheticData(**{**values, **changes})
+
+
+def test_resolves_what_the_recipe_leaves_open(tiny):
+    resolved = tiny.resolve(synthetic())
+    assert resolved.data.total_steps == 3 * 10
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"vocab_size": 65}, "vocabulary has 65 entries, amber_tiny's model 64.*--model.vocab-size 65"),
+        ({"sequence_length": 16}, "sequences of 16 tokens and amber_tiny reads 32.*--data.sequence-length 16"),
+        ({"chunks": 5}, "chunks is 5 and amber_tiny says 3.*--data.chunks 5"),
+        ({"samples_per_chunk": 4}, "global_batch=8 is larger than a chunk of 4 samples"),
+    ],
+)
+def test_refuses_data_of_another_recipe(tiny, data, message):
+    with pytest.raises(UserError, match=message):
+        with_data(tiny, chunks=3).resolve(synthetic(**data))
+
+
+def test_a_run_may_move_to_another_mesh_but_not_to_another_recipe(tiny, tmp_path):
+    moved = dataclasses.replace(with_execution(tiny, remat="full", microbatches=2), mesh=MeshConfig(tensor=8))
+    assert moved.sha256 == tiny.sha256
+    moved.check_same_run(tiny, tmp_path)
+    changed = dataclasses.replace(tiny, seed=2, optimizer=dataclasses.replace(tiny.optimizer, weight_decay=0.5))
+    assert changed.sha256 != tiny.sha256
+    with pytest.raises(
+        UserError, match=r"(?s)optimizer.weight_decay: the run has 0.1, asked for 0.5.*seed: the run has"
+    ):
+        changed.check_same_run(tiny, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "family"), "gpt", "model family 'gpt' is unknown; known: amber"),
+        (("seed",), "one", "config.seed is 'one'"),
+        (("optimizer", "beta1"), None, "optimizer.beta1 is None"),
+        (("execution", "remat"), "some", "execution.remat is 'some'"),
+        (("mesh", "colour"), 1, r"config.mesh has fields \['colour'"),
+        (("data",), 3, "config.data has fields int"),
+    ],
+)
+def test_a_damaged_file_is_named_by_field(path, value, message):
+    plain = amber_7b().to_dict()
+    node = plain
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    with pytest.raises(UserError, match=message):
+        RunConfig.from_dict(plain, FAMILIES)
