@@ -1,7 +1,7 @@
 """Arrays on disk: the one place that knows Orbax, and the format of every checkpoint.
 
-An item ("params", "optimizer") is a folder with one folder per array, named by `checkpoint.names.flat`. Arrays are in
-plain zarr 3, without OCDBT and compression, so that one can be hashed, compared and read alone by any zarr reader, and a
+An item ("params", "optimizer") is a folder with one folder per array, named by `checkpoint.names.flat`. Arrays are
+plain zarr 3, without OCDBT and compression: each can be hashed, compared and read alone by any zarr reader, and a
 flipped bit damages one number. Orbax has no checksum on array data in any of its formats; `checkpoint.manifest` has.
 """
 
@@ -28,7 +28,12 @@ def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
         path: absolute; does not exist. Appears, whole, once the writing is done.
         items: nested dict of arrays by item. They may be donated or deleted after the return.
     """
-    saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**{item: _handler() for item in items}))
+    saver = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(**{item: _handler() for item in items}),
+        # If the folders cannot be made (a full disk), Orbax's other threads would wait for them for minutes, and the
+        # process with them.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
     options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
     trees = {
         item: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: options, tree)) for item, tree in items.items()

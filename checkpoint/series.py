@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -322,10 +323,12 @@ class SeriesWriter:
                 manifest = dataclasses.replace(manifest, files=files.hashes(path, files.listing(path)))
                 text = manifest.to_json()
                 files.write_atomically(path / FILE, text)
+                entry = Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())
                 if manifest.kind == "series":
                     with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
-                        index.write(_line(Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())))
-                self._prune(manifest)
+                        index.write(_line(entry))
+                if entry.has("optimizer"):
+                    self._prune(manifest)
             self._barrier()
         except Exception as e:
             self._failure = self._failed(path, e)
@@ -342,10 +345,16 @@ class SeriesWriter:
 
     def _discard(self, path: Path) -> None:
         """Remove what there is of an unfinished checkpoint; what cannot be removed now, `clean` removes."""
-        if self._primary and not (path / FILE).exists():
-            for left in _folders(path.parent):
-                if left.name == path.name or left.name.startswith(path.name + ".orbax-checkpoint-tmp"):
-                    shutil.rmtree(left, ignore_errors=True)
+        if not self._primary or (path / FILE).exists():
+            return
+        names = re.compile(re.escape(path.name) + r"(\.orbax-checkpoint-tmp.*)?")
+        for _ in range(50):  # writes that Orbax gave up may still be on their way and fill the folder again
+            left = [p for p in _folders(path.parent) if names.fullmatch(p.name)]
+            if not left:
+                return
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)
 
     def _failed(self, path: Path, error: Exception) -> RunError:
         what = "is saved, but not listed" if (path / FILE).exists() else "could not be saved"
@@ -388,7 +397,7 @@ def _line(entry: Entry) -> str:
     fields = ("name", "index", "phase", "step", "tokens", "learning_rate", "loss", "wall_time")
     line = {field: getattr(m, field) for field in fields}
     line |= {"bytes": sum(f["bytes"] for f in m.files.values()), "manifest_sha256": entry.sha256}
-    return json.dumps(line) + "\n"
+    return json.dumps(line, sort_keys=True) + "\n"
 
 
 def _overview(entries: list[Entry], selector: str) -> str:
