@@ -384,7 +384,7 @@ def _check_target(entry: Entry, item: str, target: Any) -> None:
             problems.append(f"{name} is {describe(stored[name])}, expected {describe(asked)}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise UserError(f"{entry.path}: its {item} are of another model: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{entry.path}: its {item} arrays are of another model: {'; '.join(problems[:5])}{more}")
 
 
 def _folders(parent: Path) -> list[Path]:

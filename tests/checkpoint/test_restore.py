@@ -60,7 +60,7 @@ def test_one_array_can_be_read_without_orbax(finished):
 
 
 def test_no_file_is_large(tmp_path, monkeypatch):
-    """A matrix saved from one device is split, so that a device that restores a part need not read the whole."""
+    """A matrix saved from one device is split, so that a reader of a part need not read the whole."""
     from checkpoint import arrays
 
     monkeypatch.setattr(arrays, "_CHUNK_BYTES", 1024)
@@ -91,12 +91,12 @@ def test_no_file_is_large(tmp_path, monkeypatch):
 )
 def test_another_model_is_refused_before_anything_is_read(run, asked, change, message):
     shutil.rmtree(run / "series" / "003" / "params")
-    with pytest.raises(UserError, match=r"series/003: its params are of another model: .*" + message):
+    with pytest.raises(UserError, match=r"series/003: its params arrays are of another model: .*" + message):
         restore(entry(run), params=change(asked[0]), optimizer=None)
 
 
 def test_another_optimizer_is_refused(finished, asked):
-    with pytest.raises(UserError, match=r"its optimizer are of another model|its optimizer is of another"):
+    with pytest.raises(UserError, match="its optimizer arrays are of another model"):
         restore(entry(finished), params=asked[0], optimizer=asked[0])
 
 

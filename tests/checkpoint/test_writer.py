@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,9 +24,10 @@ from tests.checkpoint import tiny_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(run, mode):
-    command = [sys.executable, "-m", "tests.checkpoint.tiny_run", str(run), mode]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(run, *mode, **environment):
+    command = [sys.executable, "-m", "tests.checkpoint.tiny_run", str(run), *mode]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment)
 
 
 def names(run, kind="series"):
@@ -143,11 +145,13 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_a_save_that_cannot_begin_says_so_and_lets_the_process_end(tmp_path):
     (tmp_path / "series").write_text("in the way")
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     message = r"series/000: could not be saved: .*Not a directory"
     with SeriesWriter(tmp_path) as writer, pytest.raises(RunError, match=message):
         tiny_run.save(writer, "series", 0)
-    assert threading.active_count() <= threads, "Orbax left threads that wait for the folder for five minutes"
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive(), f"Orbax left {thread} to wait for the folder for five minutes"
 
 
 def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path):
@@ -177,6 +181,18 @@ def test_a_full_disk_leaves_the_finished_checkpoints_and_says_so(tmp_path):
     assert names(tmp_path) == ["000", "001"]
     for entry in Series(tmp_path).entries():
         tiny_run.check(entry, tiny_run.mesh(2, 4))
+
+
+def test_two_processes_save_and_restore_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    both = [start(tmp_path, "pair", process, port, XLA_FLAGS="") for process in "01"]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert [e.manifest.name for e in Series(tmp_path).entries()] == ["init", "000"]
+    tiny_run.check(Series(tmp_path).newest(), tiny_run.mesh(1))  # by one process, on one device
 
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):

@@ -2,6 +2,7 @@
 
 python -m tests.checkpoint.tiny_run RUN endless     save for ever; print an index when the one before is committed
 python -m tests.checkpoint.tiny_run RUN full-disk   save 0, then fail on 1 because no file may exceed 2000 bytes
+    python -m tests.checkpoint.tiny_run RUN pair N PORT  be process N of two, of four devices each; save and restore
 """
 
 import resource
@@ -43,15 +44,15 @@ def state(seed: int, on: Mesh) -> tuple[Any, Any]:
         "layers": {"attention": {"wq": random.normal(size=(2, 8, 16)).astype(np.float32)}},
         "norm": {"scale": random.normal(size=8).astype(np.float32), "half": jnp.bfloat16(random.normal(size=24))},
     }
-    params = place(values, on)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0, 100)))
-    moments = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), optimizer.init(params))
-    return params, place(moments, on)
+    moments = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), optimizer.init(values))
+    return place(values, on), place(moments, on)
 
 
 def place(tree: Any, on: Mesh) -> Any:
     """The arrays on a mesh, each sharded by its name."""
-    return jax.tree.map(jax.device_put, tree, shardings(tree, on))
+    put = lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda part: np.asarray(x)[part])  # noqa: E731
+    return jax.tree.map(put, tree, shardings(tree, on))
 
 
 def shardings(tree: Any, on: Mesh) -> Any:
@@ -104,13 +105,14 @@ def save(writer: SeriesWriter, kind: Any, index: int, step: int | None = None, s
 
 def check(entry: Entry, on: Mesh, seed: int | None = None) -> None:
     """The checkpoint restores, on any mesh, to the state whose seed is its step, bit for bit."""
-    saved = state(entry.manifest.step if seed is None else seed, mesh(2, 4))
+    saved = state(entry.manifest.step if seed is None else seed, on)
     asked = target(saved, on)
     restored = restore(entry, params=asked[0], optimizer=asked[1])
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    for a, b, t in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), jax.tree.leaves(asked), strict=True):
-        assert (b.dtype, b.sharding) == (a.dtype, t.sharding)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
+        assert (b.shape, b.dtype, b.sharding) == (a.shape, a.dtype, a.sharding)
+        for s, t in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            assert np.asarray(s.data).tobytes() == np.asarray(t.data).tobytes()
 
 
 def _endless(run: Path) -> None:
@@ -140,5 +142,18 @@ def _full_disk(run: Path) -> None:
         save(writer, "series", 1)  # the same writer can go on
 
 
+def _pair(run: Path, process: str, port: str) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+    with SeriesWriter(run) as writer:
+        writer.clean()
+        for index in (-1, 0):
+            save(writer, "series", index)
+            writer.wait()
+            assert Series(run).entries()[-1].manifest.index == index
+        check(Series(run).newest(), mesh(4, 2))
+
+
 if __name__ == "__main__":
-    {"endless": _endless, "full-disk": _full_disk}[sys.argv[2]](Path(sys.argv[1]))
+    {"endless": _endless, "full-disk": _full_disk, "pair": _pair}[sys.argv[2]](Path(sys.argv[1]), *sys.argv[3:])
