@@ -80,8 +80,8 @@ def amber_tiny() -> RunConfig:
             seed=11111,
         ),
         optimizer=OptimizerConfig(
-            peak_learning_rate=4e-3,
-            final_learning_rate=4e-4,
+            peak_learning_rate=2e-3,
+            final_learning_rate=2e-4,
             warmup_steps=30,
             beta1=0.9,
             beta2=0.95,

@@ -61,6 +61,11 @@ class TokenData(Protocol):
         """Identifies the data, hexadecimal."""
         ...
 
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """SentencePiece model that made the tokens, None if they are no text."""
+        ...
+
     def sample(self, chunk: int, position: int) -> np.ndarray:
         """Return int32[S+1]."""
         ...
@@ -116,6 +121,11 @@ class ChunkedData:
     def sha256(self) -> str:
         """SHA-256 of the manifest."""
         return self.manifest.sha256
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """SentencePiece model that made the tokens."""
+        return self.directory / self.manifest.tokenizer.file
 
     def sample(self, chunk: int, position: int) -> np.ndarray:
         """Return int32[S+1]. RunError names the file that is missing, or the file and position of a corrupt record."""
@@ -174,6 +184,11 @@ class SyntheticData:
         """SHA-256 of the parameters."""
         values = [self.vocab_size, self.sequence_length, self.chunks, self.samples_per_chunk, self.seed]
         return hashlib.sha256(json.dumps(["synthetic", *values]).encode()).hexdigest()
+
+    @property
+    def tokenizer_file(self) -> None:
+        """No tokenizer: random tokens are no text."""
+        return None
 
     def sample(self, chunk: int, position: int) -> np.ndarray:
         """Return int32[S+1]: the high halves of sort_keys(S+1, "synthetic", seed, chunk, position), scaled."""

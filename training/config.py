@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from data.loader import TokenData
 from errors import UserError
 from layers import params
 from layers.model import ModelConfig
@@ -186,11 +187,11 @@ class RunConfig:
                 "and activations between matrices are split along the sequence"
             )
 
-    def resolve(self, data: Any) -> "RunConfig":
+    def resolve(self, data: TokenData) -> "RunConfig":
         """This config with chunk counts taken from the data, checked against it.
 
         Args:
-            data: a `data.loader.ChunkedData` or `SyntheticData`.
+            data: what will be read.
 
         Raises:
             UserError: vocabulary, sequence length or chunks of the data are not those of the recipe.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from checkpoint.series import Entry, Series, SeriesWriter, restore
 
 from checkpoint.manifest import Manifest, code_version, environment
-from data.loader import Loader
+from checkpoint.series import Entry, Series, SeriesWriter, restore
+from data.loader import Loader, TokenData
 from errors import RunError, UserError
 from layers.model import ModelConfig
 from training import step as steps
@@ -53,7 +54,7 @@ class Outcome:
     mfu_full: float | None
 
 
-def train(config: RunConfig, run: Path, data: Any, families: Families, stop_at: int | None = None) -> Outcome:
+def train(config: RunConfig, run: Path, data: TokenData, families: Families, stop_at: int | None = None) -> Outcome:
     """Train, or continue, the run in a directory.
 
     Args:
@@ -70,6 +71,7 @@ def train(config: RunConfig, run: Path, data: Any, families: Families, stop_at: 
     config = config.resolve(data)
     _claim(config, run, families)
     data.check_files()
+    _keep_tokenizer(data, run)
     with SeriesWriter(run) as writer, StopRequest() as stop:
         program = Program.build(config, config.mesh.build())
         state, parent = _restore(program, run, data, writer)
@@ -134,7 +136,20 @@ def _claim(config: RunConfig, run: Path, families: Families) -> None:
         raise RunError(f"{run}: cannot make the run directory ({e.strerror})") from e
 
 
-def _restore(program: Program, run: Path, data: Any, writer: SeriesWriter) -> tuple[TrainState, Entry | None]:
+def _keep_tokenizer(data: TokenData, run: Path) -> None:
+    """Copy the data's tokenizer beside the checkpoints, so that a run can write text wherever it is taken."""
+    source, target = data.tokenizer_file, run / "tokenizer.model"
+    if source is None or target.exists():
+        return
+    part = target.with_suffix(".part")
+    try:
+        shutil.copyfile(source, part)
+        os.replace(part, target)
+    except OSError as e:
+        raise RunError(f"{target}: cannot copy the tokenizer {source} ({e.strerror})") from e
+
+
+def _restore(program: Program, run: Path, data: TokenData, writer: SeriesWriter) -> tuple[TrainState, Entry | None]:
     """The newest state of the run on this mesh, or the initial one."""
     writer.clean()
     entry = Series(run).newest()
@@ -154,7 +169,7 @@ def _restore(program: Program, run: Path, data: Any, writer: SeriesWriter) -> tu
 class Saver:
     """Says what a checkpoint is (its manifest) and hands it to the series writer."""
 
-    def __init__(self, program: Program, data: Any, writer: SeriesWriter, ledger: Ledger, run: Path):
+    def __init__(self, program: Program, data: TokenData, writer: SeriesWriter, ledger: Ledger, run: Path):
         self.program, self.data, self.writer, self.ledger = program, data, writer, ledger
         self.series = Series(run)
         self.versions, self.code = environment(), code_version()
@@ -296,7 +311,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def time_steps(config: RunConfig, data: Any, num_steps: int, on_step: Callable[[int], None]) -> dict[str, Any]:
+def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Callable[[int], None]) -> dict[str, Any]:
     """Time ``num_steps`` training steps without touching the disk: compile time, step time, tokens/s, MFU, memory."""
     config = config.resolve(data)
     program = Program.build(config, config.mesh.build())

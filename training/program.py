@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from data.batch import Batch
+from data.loader import TokenData
 from parallel import topology
 from training import optimizer as optimizers
 from training import state as states
@@ -88,7 +89,7 @@ class Program:
             result[name] = tokens_per_s * flops / self.peak.flops if self.peak else None
         return result
 
-    def validate(self, params: Any, data: Any) -> dict[str, float]:
+    def validate(self, params: Any, data: TokenData) -> dict[str, float]:
         """Mean loss over every source's validation samples, and over all of them as ``loss``."""
         sums, weights = {}, {}
         for source in data.sources:

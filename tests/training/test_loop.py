@@ -1,0 +1,284 @@
+"""The loop: resumed equals uninterrupted bit for bit, on any mesh nearly so; what goes wrong loses nothing."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from amber_jax.config import AmberConfig
+from checkpoint.series import Series, restore
+from data.loader import ChunkedData, SyntheticData
+from data.prepare import PrepareConfig, prepare
+from data.sources import SourceSpec
+from errors import RunError, UserError
+from layers import params
+from parallel.mesh import MeshConfig
+from training import loop
+from training.metrics import read_lines
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FAMILIES = {"amber": AmberConfig}
+#: 3 chunks of 4 steps; rolling checkpoints at steps 3, 6, 9.
+DATA = SyntheticData(vocab_size=64, sequence_length=32, chunks=3, samples_per_chunk=35, seed=5)
+
+
+def train(config, run, data=DATA, **arguments):
+    return loop.train(config, run, data, FAMILIES, **arguments)
+
+
+def on_mesh(config, text):
+    return dataclasses.replace(config, mesh=MeshConfig.parse(text))
+
+
+def losses(run):
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in read_lines(run / "metrics.jsonl") if r["kind"] == "train"}
+
+
+def final_state(config, run):
+    """All arrays of the last series checkpoint, as they are on disk."""
+    entry = Series(run).resolve("latest")[0]
+    program = loop.Program.build(config.resolve(DATA), config.mesh.build())
+    state = restore(entry, params=program.abstract.params, optimizer=program.abstract.optimizer)
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return tmp_path_factory.mktemp("uninterrupted") / "run"
+
+
+@pytest.fixture
+def reference(tiny, uninterrupted):
+    """A run of 12 steps in one go on data=2,fsdp=2,tensor=2, made once."""
+    config = on_mesh(tiny, "data=2,fsdp=2,tensor=2")
+    if not uninterrupted.exists():
+        outcome = train(config, uninterrupted)
+        assert outcome.reason == "finished"
+        assert outcome.step == 12
+    return config, uninterrupted
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(reference, tmp_path):
+    config, whole = reference
+    run = tmp_path / "run"
+    for stop in (2, 5, 8):  # before the first rolling save, after one, at the end of a chunk
+        outcome = train(config, run, stop_at=stop)
+        assert (outcome.reason, outcome.step) == ("stopped", stop)
+    outcome = train(config, run)
+    assert (outcome.reason, outcome.resumed_from) == ("finished", 8)
+    assert losses(run) == losses(whole)
+    for ours, theirs in zip(final_state(config, run), final_state(config, whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_resumed_on_other_meshes_follows_the_same_curve(reference, tiny, tmp_path):
+    _, whole = reference
+    run = tmp_path / "run"
+    for stop, mesh in ((3, "fsdp=8"), (6, "tensor=8"), (9, "data=8"), (12, "data=2,tensor=4")):
+        train(on_mesh(tiny, mesh), run, stop_at=stop)
+    expected, got = losses(whole), losses(run)
+    assert got.keys() == expected.keys()
+    np.testing.assert_allclose([got[s][0] for s in got], [expected[s][0] for s in got], rtol=1e-5)
+    ours, theirs = Series(run).resolve("2")[0], Series(whole).resolve("2")[0]
+    resumed = [e["mesh"] for e in read_lines(run / "ledger.jsonl") if e["event"] == "resume"]
+    assert [m["tensor"] for m in resumed] == [8, 1, 4]
+    assert (ours.manifest.tokens, ours.manifest.samples) == (theirs.manifest.tokens, theirs.manifest.samples)
+
+
+def test_a_killed_process_resumes_to_the_same_bits(reference, tmp_path):
+    """SIGKILL in the middle of training, in a process of its own; metrics are cut back and grow again."""
+    config, whole = reference
+    run = tmp_path / "run"
+    fields = {
+        "model": dataclasses.asdict(config.model),
+        "data": dataclasses.asdict(config.data) | {"samples_per_chunk": DATA.samples_per_chunk, "chunks": 3},
+    }
+    flags = [f"--{part}.{k.replace('_', '-')}={v}" for part, values in fields.items() for k, v in values.items()]
+    rate = ["--optimizer.peak-learning-rate=1e-2", "--optimizer.warmup-steps=5", "--series.rolling-every-steps=3"]
+    flags = [f for f in flags if "seed" not in f] + ["--data.seed=5", *rate]
+    command = [sys.executable, str(ROOT / "run.py"), "train", "amber_tiny", "--data=synthetic", f"--run={run}"]
+    command += ["--simulate=8", "--mesh=data=2,fsdp=2,tensor=2", *flags]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(losses(run)) < 7 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(losses(run)) >= 7
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    assert losses(run) == losses(whole)
+    ours, theirs = (
+        {name: f for name, f in Series(r).resolve("latest")[0].manifest.files.items() if "/c/" in name or "/c" in name[-2:]}
+        for r in (run, whole)
+    )
+    assert len(ours) >= 30, "array data, without Orbax's own records, which hold times"
+    assert ours == theirs
+
+
+def test_the_series_has_one_checkpoint_per_chunk_and_the_first(reference):
+    _, run = reference
+    entries = Series(run).entries()
+    assert [(e.manifest.name, e.manifest.step, e.manifest.chunk) for e in entries] == [
+        ("init", 0, None),
+        ("000", 4, 0),
+        ("001", 8, 1),
+        ("002", 12, 2),
+    ]
+    assert [e.manifest.parent for e in entries] == [None, "init", "000", "001"]
+    assert [e.manifest.parent_sha256 for e in entries[1:]] == [e.sha256 for e in entries[:-1]]
+    assert [e.manifest.samples for e in entries] == [(0, 0), (0, 32), (32, 64), (64, 96)]
+    every = losses(run)
+    assert entries[2].manifest.loss["last"] == every[7][0]
+    assert entries[2].manifest.loss["mean"] == pytest.approx(np.mean([every[s][0] for s in range(4, 8)]))
+    assert entries[3].manifest.tokens == 12 * 8 * 32
+
+
+def test_any_checkpoint_restores_on_any_mesh(reference, mesh_of):
+    config, run = reference
+    entry = Series(run).resolve("1")[0]
+    values = []
+    for mesh in ("data=1", "data=8", "fsdp=8", "tensor=8", "fsdp=2,tensor=2", "data=2,fsdp=4"):
+        mesh = mesh_of(mesh)
+        target = params.abstract_arrays(config.model.abstract, mesh)
+        weights, _ = restore(entry, params=target, optimizer=None)
+        assert jax.tree.map(lambda x: x.sharding, weights) == params.shardings(config.model.abstract, mesh)
+        values.append([np.asarray(x) for x in jax.tree.leaves(weights)])
+    for other in values[1:]:
+        for a, b in zip(values[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_has_nothing_left_to_do(reference):
+    config, run = reference
+    before = (run / "series.jsonl").read_text()
+    outcome = train(config, run)
+    assert (outcome.reason, outcome.step, outcome.loss) == ("finished", 12, None)
+    assert (run / "series.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tiny, tmp_path, monkeypatch, number):
+    """The signal arrives while step 5 is logged; that step is the last, and its state is on disk."""
+    write = loop.MetricsWriter.write
+
+    def write_and_signal(self, kind, step, values):
+        write(self, kind, step, values)
+        if kind == "train" and step == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop.MetricsWriter, "write", write_and_signal)
+    before = signal.getsignal(number)
+    outcome = train(tiny, tmp_path / "run")
+    assert outcome.reason == "interrupted"
+    assert 5 <= outcome.step <= 6
+    assert signal.getsignal(number) == before
+    assert Series(tmp_path / "run").newest().manifest.step == outcome.step
+    assert read_lines(tmp_path / "run" / "ledger.jsonl")[-1]["reason"] == "interrupted"
+
+
+def test_another_recipe_is_refused(reference, tiny, tmp_path):
+    config, run = reference
+    with pytest.raises(UserError, match=r"(?s)another configuration.*seed: the run has 11111, asked for 7"):
+        train(dataclasses.replace(config, seed=7), run)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UserError, match="not empty and not a run directory"):
+        train(tiny, other)
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+def test_other_data_is_refused(reference):
+    config, run = reference
+    with pytest.raises(UserError, match=r"was trained on data with manifest [0-9a-f]{12}…, and --data has"):
+        train(config, run, dataclasses.replace(DATA, seed=6))
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(UserError, match="16 but 8 cpu devices are visible"):
+        train(on_mesh(tiny, "data=16"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_byte_in_the_newest_checkpoint_is_never_trained_on(tiny, tmp_path):
+    run = tmp_path / "run"
+    train(tiny, run, stop_at=4)
+    file = next(p for p in (run / "series" / "000" / "params").rglob("*") if p.is_file() and p.stat().st_size > 1000)
+    raw = bytearray(file.read_bytes())
+    raw[500] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(RunError, match=r"series/000: damaged.*SHA-256 differs"):
+        train(tiny, run)
+
+
+def test_validation_loss_by_source(tiny, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(30):
+        (folder / f"{n}.txt").write_text(" ".join(rng.choice(["ba", "be", "bi", "bo", "bu"], size=300)))
+    data_dir = tmp_path / "data"
+    spec = SourceSpec.parse(f"syllables={folder}")
+    common = {"sequence_length": 32, "vocab_size": 280, "chunks": 2, "validation_per_source": 5, "seed": 1}
+    prepare(PrepareConfig(recipe="amber_tiny", out=data_dir, sources=(spec,), **common), log=lambda _: None)
+    data = ChunkedData(data_dir)
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=280))
+    run = tmp_path / "run"
+    train(config, run, data, stop_at=data.samples_per_chunk // 8)
+    first, second = (r for r in read_lines(run / "metrics.jsonl") if r["kind"] == "validation")
+    assert first["loss"] == pytest.approx(np.log(280), abs=0.05)
+    assert first["loss"] == pytest.approx(first["loss/syllables"])
+    assert second["loss"] < first["loss"] - 1
+    assert (run / "tokenizer.model").read_bytes() == data.tokenizer_file.read_bytes()
+    assert list((run / "tensorboard").iterdir())
+    shutil.rmtree(data_dir / "chunks")
+    with pytest.raises(RunError, match=r"chunks/000.arrayrecord"):
+        train(config, run, ChunkedData(data_dir))
+
+
+FULL_DISK = """
+import json, os, resource, signal, sys
+sys.path.insert(0, {root!r})
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+append = run.RunConfig  # imported; the limit below is for what training writes
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(run.main({arguments!r}))
+"""
+
+
+def test_a_disk_that_fills_while_saving_loses_nothing(tmp_path):
+    """A file-size limit makes the write of the large tensors fail as a full disk does; the first part has no limit."""
+    run = tmp_path / "run"
+    arguments = ["train", "amber_tiny", "--data=synthetic", f"--run={run}", "--mesh=data=8", "--data.chunks=3"]
+    arguments += ["--data.samples-per-chunk=32", "--model.num-layers=1", "--data.sequence-length=64", "--json"]
+
+    def call(limit, *more):
+        code = FULL_DISK.format(root=str(ROOT), limit=limit, arguments=[*arguments, *more])
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+
+    assert call(resource.RLIM_INFINITY, "--steps=2").returncode == 0
+    finished = [e.manifest.name for e in Series(run).entries()]
+    failed = call(100_000)
+    assert failed.returncode == 1, failed.stderr
+    message = json.loads(failed.stdout)["error"]
+    assert "could not be saved" in message
+    assert "free some disk space and run the same command again" in message
+    assert "Traceback" not in failed.stderr
+    assert [e.manifest.name for e in Series(run).entries()] == finished
+    again = call(resource.RLIM_INFINITY)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["step"] == 6
+    assert json.loads(again.stdout)["resumed_from"] == 2
