@@ -321,7 +321,6 @@ def logits(args: Logits) -> dict[str, Any]:
 def generate(args: Generate) -> dict[str, Any]:
     """Verb `generate`."""
     from checkpoint.series import parse_ref
-
     from data.tokenizer import Tokenizer
     from inference.generate import Sampling
     from inference.generate import generate as generate_tokens
@@ -367,8 +366,8 @@ def _simulate(devices: int | None) -> None:
 def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
     """Model, parameters placed on a mesh, the mesh, and the name of one checkpoint of a run."""
     import jax
-    from checkpoint.series import Series, parse_ref, restore
 
+    from checkpoint.series import Series, parse_ref, restore
     from layers import params
     from parallel.mesh import MeshConfig
 
@@ -386,7 +385,7 @@ def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
         devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
     mesh = wanted.build(devices)
     abstract = config.model.abstract
-    params.check_divides(abstract, dict(mesh.shape))
+    params.check_divides(abstract, mesh.shape)
     weights, _ = restore(entries[0], params=params.abstract_arrays(abstract, mesh), optimizer=None)
     return config.model, weights, mesh, f"{run}@{entries[0].manifest.name}"
 

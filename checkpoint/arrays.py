@@ -6,7 +6,10 @@ flipped bit damages one number. Orbax has no checksum on array data in any of it
 """
 
 import contextlib
+import gc
 import logging
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,35 @@ def load(path: Path, item: str, target: dict[str, Any]) -> dict[str, Any]:
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+
+
+@contextlib.contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Keep what Orbax abandons when a save fails off stderr; the failure itself is raised to whoever waits for it.
+
+    Orbax closes its event loop while writes are under way, and each of them then prints a traceback of its own, from a
+    thread of tensorstore's or when the garbage collector finds it.
+    """
+    logger, ours = logging.getLogger("asyncio"), lambda record: "async_serialize" not in record.getMessage()
+    before = sys.unraisablehook
+
+    def hook(what: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            before(what)
+
+    sys.unraisablehook = hook
+    logger.addFilter(ours)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        logger.removeFilter(ours)
+
+
+def settle() -> None:
+    """After a failed save, inside `quiet_failures`: let its last writes fail and its tasks be collected."""
+    time.sleep(0.5)
+    gc.collect()
 
 
 @contextlib.contextmanager

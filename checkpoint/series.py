@@ -9,6 +9,7 @@ moment its manifest is there, and the manifest is written last: whatever a crash
 of several processes, all call `SeriesWriter` and `restore` alike.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -223,25 +224,26 @@ class SeriesWriter:
     def __init__(self, run: Path):
         self.run = Path(run).absolute()
         self._primary = jax.process_index() == 0
-        self._lock = files.Lock(self.run) if self._primary else None
+        self._at_exit = contextlib.ExitStack()
+        if self._primary:
+            self._at_exit.callback(files.Lock(self.run).release)
         self._series = Series(self.run)
         self._thread: threading.Thread | None = None
         self._failure: RunError | None = None
         self._barriers = 0
 
     def __enter__(self) -> "SeriesWriter":
+        self._at_exit.enter_context(arrays.quiet_failures())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.wait()
-        except RunError as e:
-            if error is None:
-                raise
-            error.add_note(f"Besides: {e}")
-        finally:
-            if self._lock:
-                self._lock.release()
+        with self._at_exit:
+            try:
+                self.wait()
+            except RunError as e:
+                if error is None:
+                    raise
+                error.add_note(f"Besides: {e}")
 
     def clean(self) -> list[Path]:
         """Remove what a crash left: torn checkpoints, rolling ones that are not the newest; rebuild ``series.jsonl``.
@@ -293,6 +295,7 @@ class SeriesWriter:
         path = self.run / kind / manifest.name
         if (path / FILE).exists():
             raise RunError(f"{path}: is finished, and a checkpoint is never overwritten; remove it to save it again")
+        self._check_space(path, sum(x.nbytes for tree in items.values() for x in jax.tree.leaves(tree)))
         try:
             self._discard(path)
             saver = arrays.start_save(path, items)
@@ -358,10 +361,20 @@ class SeriesWriter:
 
     def _failed(self, path: Path, error: Exception) -> RunError:
         what = "is saved, but not listed" if (path / FILE).exists() else "could not be saved"
+        arrays.settle()
         return RunError(
             f"{path}: {what}: {_reason(error)}. The finished checkpoints are untouched; free some disk space and run "
             "the same command again"
         )
+
+    def _check_space(self, path: Path, needed: int) -> None:
+        """Refuse a save that the disk cannot hold before it half fills the disk."""
+        free = shutil.disk_usage(self.run).free
+        if self._primary and free < needed:
+            raise RunError(
+                f"{path}: could not be saved: it needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB "
+                "left. The finished checkpoints are untouched; free some disk space and run the same command again"
+            )
 
     def _barrier(self) -> None:
         """All processes pass together; safe in a thread, unlike a collective on the devices."""

@@ -4,7 +4,7 @@ A `Param` carries the logical axes of one layer's tensor. Where layers are stack
 dimension, whose logical axis is ``"layers"``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -53,7 +53,7 @@ def specs(shardings: Any) -> Any:
     return jax.tree.map(lambda s: s.spec, shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
 
 
-def check_divides(module: nnx.Module, degrees: dict[str, int]) -> None:
+def check_divides(module: nnx.Module, degrees: Mapping[str, int]) -> None:
     """Refuse a mesh that does not divide every parameter (UserError naming the tensor and the dimension)."""
     _, state = nnx.split(module)
     for path, p in nnx.to_flat_state(state):

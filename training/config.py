@@ -170,10 +170,14 @@ class RunConfig:
             )
         _at_least("seed", self.seed, 0)
 
-    def check_mesh(self, mesh: MeshConfig) -> None:
-        """Refuse a mesh that does not divide the model, the batch or the sequence (UserError), before any compile."""
-        params.check_divides(self.model.abstract, mesh.degrees)
-        rows, degrees = self.data.global_batch // self.execution.microbatches, mesh.degrees
+    def check_mesh(self, degrees: Mapping[str, int]) -> None:
+        """Refuse a mesh that does not divide the model, the batch or the sequence (UserError), before any compile.
+
+        Args:
+            degrees: mesh axis -> degree (``mesh.shape``).
+        """
+        params.check_divides(self.model.abstract, degrees)
+        rows = self.data.global_batch // self.execution.microbatches
         ways = degrees[BATCH_AXES[0]] * degrees[BATCH_AXES[1]]
         if rows % ways:
             raise UserError(

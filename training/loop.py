@@ -69,11 +69,13 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         RunError: a checkpoint is corrupt, the disk is full.
     """
     config = config.resolve(data)
-    _claim(config, run, families)
+    mesh = config.mesh.build()
+    config.check_mesh(mesh.shape)
     data.check_files()
+    _claim(config, run, families)
     _keep_tokenizer(data, run)
     with SeriesWriter(run) as writer, StopRequest() as stop:
-        program = Program.build(config, config.mesh.build())
+        program = Program.build(config, mesh)
         state, parent = _restore(program, run, data, writer)
         begin = int(state.step)
         metrics, ledger = MetricsWriter(run, begin), Ledger(run)
@@ -314,7 +316,9 @@ class StopRequest:
 def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Callable[[int], None]) -> dict[str, Any]:
     """Time ``num_steps`` training steps without touching the disk: compile time, step time, tokens/s, MFU, memory."""
     config = config.resolve(data)
-    program = Program.build(config, config.mesh.build())
+    mesh = config.mesh.build()
+    config.check_mesh(mesh.shape)
+    program = Program.build(config, mesh)
     state = program.init()
     loader = Loader(
         data,

@@ -44,16 +44,12 @@ class Program:
 
     @classmethod
     def build(cls, config: RunConfig, mesh: Mesh) -> "Program":
-        """Check the mesh against the config, then trace and compile.
+        """Trace and compile.
 
         Args:
             config: resolved with its data (`RunConfig.resolve`).
-            mesh: over the devices to use.
-
-        Raises:
-            UserError: the mesh does not divide the model, the batch or the sequence; before anything is compiled.
+            mesh: over the devices to use; divides the model and the batch (`RunConfig.check_mesh`).
         """
-        config.check_mesh(dataclasses.replace(config.mesh, **mesh.shape))
         total = config.data.total_steps
         learning_rate = optimizers.schedule(config.optimizer, total)
         optimizer = optimizers.make_optimizer(config.optimizer, total)

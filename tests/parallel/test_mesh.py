@@ -81,13 +81,13 @@ def test_an_axis_without_a_rule_or_used_twice_is_an_error(mesh_of):
 )
 def test_refuses_a_mesh_that_does_not_divide_the_model(tiny, mesh, message):
     with pytest.raises(UserError, match=message):
-        tiny.check_mesh(MeshConfig.parse(mesh))
+        tiny.check_mesh(MeshConfig.parse(mesh).degrees)
 
 
 def test_refuses_a_sequence_that_tensor_does_not_divide(tiny):
     odd = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, sequence_length=31))
     with pytest.raises(UserError, match=r"tensor = 2 does not divide data.sequence_length=31"):
-        odd.check_mesh(MeshConfig.parse("tensor=2"))
+        odd.check_mesh(MeshConfig.parse("tensor=2").degrees)
 
 
 def test_the_number_of_devices_is_what_the_tests_assume():
