@@ -6,7 +6,6 @@ flipped bit damages one number. Orbax has no checksum on array data in any of it
 """
 
 import contextlib
-import gc
 import logging
 import sys
 import time
@@ -78,10 +77,11 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 def quiet_failures() -> Iterator[None]:
     """Keep what Orbax abandons when a save fails off stderr; the failure itself is raised to whoever waits for it.
 
-    Orbax closes its event loop while writes are under way, and each of them then prints a traceback of its own, from a
-    thread of tensorstore's or when the garbage collector finds it.
+    Orbax closes its event loop while writes are under way, and each of them then prints a traceback of its own from a
+    thread of tensorstore's. asyncio logs each of the tasks, some only when the garbage collector finds them: the filter
+    for that stays.
     """
-    logger, ours = logging.getLogger("asyncio"), lambda record: "async_serialize" not in record.getMessage()
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
     before = sys.unraisablehook
 
     def hook(what: "sys.UnraisableHookArgs") -> None:
@@ -89,18 +89,19 @@ def quiet_failures() -> Iterator[None]:
             before(what)
 
     sys.unraisablehook = hook
-    logger.addFilter(ours)
     try:
         yield
     finally:
         sys.unraisablehook = before
-        logger.removeFilter(ours)
 
 
 def settle() -> None:
-    """After a failed save, inside `quiet_failures`: let its last writes fail and its tasks be collected."""
+    """After a failed save, inside `quiet_failures`: let its last writes fail."""
     time.sleep(0.5)
-    gc.collect()
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
 
 
 @contextlib.contextmanager
