@@ -40,22 +40,20 @@ def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
     trees = {
         item: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: options, tree)) for item, tree in items.items()
     }
-    with _quiet():
-        try:
-            saver.save(path, args=ocp.args.Composite(**trees))
-        except BaseException:
-            saver.close()
-            raise
+    try:
+        saver.save(path, args=ocp.args.Composite(**trees))
+    except BaseException:
+        saver.close()
+        raise
     return saver
 
 
 def finish_save(saver: ocp.AsyncCheckpointer) -> None:
     """Wait until the checkpoint has its final name; raises what kept it from that."""
-    with _quiet():
-        try:
-            saver.wait_until_finished()
-        finally:
-            saver.close()
+    try:
+        saver.wait_until_finished()
+    finally:
+        saver.close()
 
 
 def load(path: Path, item: str, target: dict[str, Any]) -> dict[str, Any]:
@@ -74,14 +72,15 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 @contextlib.contextmanager
-def quiet_failures() -> Iterator[None]:
-    """Keep what Orbax abandons when a save fails off stderr; the failure itself is raised to whoever waits for it.
+def quiet() -> Iterator[None]:
+    """Keep Orbax off stderr: it warns about missing OCDBT folders at each save, and logs every error it also raises.
 
-    Orbax closes its event loop while writes are under way, and each of them then prints a traceback of its own from a
-    thread of tensorstore's. asyncio logs each of the tasks, some only when the garbage collector finds them: the filter
-    for that stays.
+    When a save fails, Orbax closes its event loop while other writes are under way. Each of them then prints a traceback
+    of its own: through absl from Orbax's threads, as an unraisable error from tensorstore's, and through asyncio when the
+    garbage collector finds its task, for which that filter stays. The failure itself is raised to whoever waits for it.
     """
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
+    logging.getLogger("absl").addFilter(_not_of_orbax)
     before = sys.unraisablehook
 
     def hook(what: "sys.UnraisableHookArgs") -> None:
@@ -93,23 +92,13 @@ def quiet_failures() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        logging.getLogger("absl").removeFilter(_not_of_orbax)
 
 
 def settle() -> None:
-    """After a failed save, inside `quiet_failures`: let its last writes fail."""
+    """After a failed save, inside `quiet`: let its last writes fail."""
     time.sleep(0.5)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.getMessage()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Orbax from logging each save's missing OCDBT folders, and the traceback of an error that we raise anyway."""
-    logger, ours = logging.getLogger("absl"), lambda record: "orbax" not in record.pathname
-    logger.addFilter(ours)
-    try:
-        yield
-    finally:
-        logger.removeFilter(ours)
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

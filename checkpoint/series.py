@@ -233,7 +233,7 @@ class SeriesWriter:
         self._barriers = 0
 
     def __enter__(self) -> "SeriesWriter":
-        self._at_exit.enter_context(arrays.quiet_failures())
+        self._at_exit.enter_context(arrays.quiet())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
