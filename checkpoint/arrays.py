@@ -75,9 +75,10 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 def quiet() -> Iterator[None]:
     """Keep Orbax off stderr: it warns about missing OCDBT folders at each save, and logs every error it also raises.
 
-    When a save fails, Orbax closes its event loop while other writes are under way. Each of them then prints a traceback
-    of its own: through absl from Orbax's threads, as an unraisable error from tensorstore's, and through asyncio when the
-    garbage collector finds its task, for which that filter stays. The failure itself is raised to whoever waits for it.
+    When a save fails, Orbax closes its event loop while other writes are under way. Each of them then prints a
+    traceback of its own: through absl from Orbax's threads, as an unraisable error from tensorstore's, and through
+    asyncio when the garbage collector finds its task, for which that filter stays. The failure itself is raised to
+    whoever waits for it.
     """
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
     logging.getLogger("absl").addFilter(_not_of_orbax)
