@@ -32,7 +32,7 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     Args:
         run_dir: run directory; the data goes to the same name with ``-data``.
         chunks: chunks of data, and series checkpoints besides the first one.
-        steps_per_chunk: steps in each chunk.
+        steps_per_chunk: steps in each chunk, about; the text that this machine has decides.
         quiet: print nothing on stdout.
 
     Returns:
@@ -48,12 +48,15 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     fields = [f"--data.chunks={chunks}"]
 
     teller.part("Real text becomes a mixed, chunked corpus")
-    # Enough text for every chunk; three bytes a token is what a vocabulary of 2048 gives, and a little is held back.
+    # Enough text for every chunk: a vocabulary of 2048 has about 2.9 bytes a token, a little text is held back, and two
+    # of the sources end after 0.3 and 0.5 MB. A tokenizer cannot be trained on much less than 2 MB in all.
     samples = chunks * steps_per_chunk * config.data.global_batch
-    megabytes = 1.2 * samples * (config.data.sequence_length + 1) * 3 / len(SOURCES) / 1e6
+    megabytes = samples * (config.data.sequence_length + 1) * 2.9 / 1e6
+    limit = max(1.1 * megabytes / 4, 1.1 * (megabytes - 0.7) / 2, 0.5)
     sources = [f"--source={name}=embedded:{kind}" for name, kind in SOURCES.items()]
-    limit = f"--max-mb-per-source={max(megabytes, 1.0):.1f}"
-    data = teller.call(["prepare", RECIPE, "--out", str(data_dir), *sources, limit, *fields])
+    data = teller.call(
+        ["prepare", RECIPE, "--out", str(data_dir), *sources, f"--max-mb-per-source={limit:.1f}", *fields]
+    )
 
     available = data["samples_per_chunk"] // config.data.global_batch
     if available < 4:

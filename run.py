@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 a mistake in what was asked (one message, no traceback); 1
 corrupt file); 75 training was told to stop by a signal, saved, and can be continued by the same command.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -156,7 +155,7 @@ class Demo:
     chunks: int = 12
     """Chunks of data, and so checkpoints besides the first."""
     steps_per_chunk: int = 25
-    """Steps in each chunk."""
+    """Steps in each chunk, about: the text that this machine has decides."""
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -254,9 +253,12 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     """Verb `series`."""
     from checkpoint.series import Series, verify_files
 
-    there = Series(args.dir)
-    entries = there.entries()
-    rows, problems, parent = [], [], None
+    if not args.dir.is_dir():
+        raise UserError(f"{args.dir}: no such run directory")
+    entries = Series(args.dir).entries()
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    parent = None
     for entry in entries:
         m = entry.manifest
         row = {
@@ -270,14 +272,14 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
             "manifest_sha256": entry.sha256,
         }
         if args.check:
+            found = len(problems)
             try:
                 verify_files(entry)
-                if parent is not None and m.parent_sha256 != parent.sha256:
-                    raise RunError(f"{entry.path}: its parent is not {parent.path} as it is now")
-                row["check"] = "ok"
             except RunError as e:
-                row["check"] = "FAILED"
                 problems.append(str(e))
+            if parent is not None and m.parent_sha256 != parent.sha256:
+                problems.append(f"{entry.path}: its parent is not {parent.path} as it is now")
+            row["check"] = "ok" if len(problems) == found else "FAILED"
         parent = entry
         rows.append(row)
     if not args.json:
@@ -424,6 +426,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(e, 2, as_json)
     except RunError as e:
         return _fail(e, 1, as_json)
+    except SystemExit as e:  # tyro has printed help, or what is wrong with a flag
+        if as_json and e.code:
+            print(json.dumps({"error": "a flag is wrong; see stderr", "exit_code": e.code}))
+        return int(e.code or 0)
     except KeyboardInterrupt:
         return 130
 
@@ -482,7 +488,7 @@ def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> An
         prog += f" {name}"
         missing = {f.name: tyro.MISSING for f in dataclasses.fields(arguments) if f.default is dataclasses.MISSING}
         default = arguments(**{**missing, "config": known[name]()})
-    with registry, contextlib.redirect_stdout(sys.stdout):
+    with registry:
         return tyro.cli(arguments, args=rest, prog=prog, default=default, description=arguments.__doc__)
 
 
