@@ -80,7 +80,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         begin = int(state.step)
         metrics, ledger = MetricsWriter(run, begin), Ledger(run)
         ledger(
-            "resume" if parent else "start", step=begin, mesh=program.mesh.shape, from_=parent and parent.manifest.name
+            "resume" if parent else "start", step=begin, mesh=program.mesh.shape, parent=parent and parent.manifest.name
         )
         log = Log(program, metrics, parent_step=begin - begin % config.data.steps_per_chunk)
         save = Saver(program, data, writer, ledger, run)
