@@ -154,7 +154,7 @@ class Demo:
     """Run directory; the data goes beside it, with -data added to the name."""
     chunks: int = 12
     """Chunks of data, and so checkpoints besides the first."""
-    steps_per_chunk: int = 25
+    steps_per_chunk: int = 32
     """Steps in each chunk, about: the text that this machine has decides."""
     json: Json = False
     """Print one JSON object on stdout."""
