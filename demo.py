@@ -73,7 +73,7 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     teller.part("Every checkpoint of the series is read back and compared with its manifest")
     series = teller.call(["series", str(run_dir), "--check"])
     teller.part("The first and the last checkpoint write code and prose")
-    prompts = ["--prompt", "def ", "--prompt", "The function returns"]
+    prompts = ["--prompt", "    def __init__(self", "--prompt", "import"]
     sampling = ["--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
     texts = {
         name: teller.call(["generate", f"{run_dir}@{name}", *prompts, *sampling])["continuations"]

@@ -78,15 +78,14 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         program = Program.build(config, mesh)
         state, parent = _restore(program, run, data, writer)
         begin = int(state.step)
-        metrics, ledger = MetricsWriter(run, begin), Ledger(run)
+        metrics, ledger = MetricsWriter(run, begin if parent else None), Ledger(run)
         ledger(
             "resume" if parent else "start", step=begin, mesh=program.mesh.shape, parent=parent and parent.manifest.name
         )
         log = Log(program, metrics, parent_step=begin - begin % config.data.steps_per_chunk)
         save = Saver(program, data, writer, ledger, run)
-        if not metrics.has("validation", begin):
-            log.validation(begin, program.validate(state.params, data))
         if parent is None:
+            log.validation(begin, program.validate(state.params, data))
             save(state, "series", log)
 
         end = min(config.data.total_steps, config.data.total_steps if stop_at is None else stop_at)

@@ -51,18 +51,18 @@ class Ledger:
 
 
 class MetricsWriter:
-    """``metrics.jsonl`` and TensorBoard, both cut back to the step that a run resumes from.
+    """``metrics.jsonl`` and TensorBoard, both cut back to the step that a run resumes from (None: to nothing).
 
     Lines are ``{"kind": "train", "step": n, ...}`` with n the 0-based index of the step whose loss it is, and
     ``{"kind": "validation", "step": n, ...}`` with n the number of updates done.
     """
 
-    def __init__(self, run: Path, resume_step: int):
+    def __init__(self, run: Path, resume_step: int | None):
         from tensorboardX import SummaryWriter  # half a second to import; only a training process needs it
 
         self.path = run / "metrics.jsonl"
-        self._cut(resume_step)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step if resume_step else None)
+        self._cut(-1 if resume_step is None else resume_step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
 
     def _cut(self, step: int) -> None:
         kept = [
@@ -78,10 +78,6 @@ class MetricsWriter:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
-
-    def has(self, kind: str, step: int) -> bool:
-        """Whether such a line is already there (a resume repeats no validation)."""
-        return any(r["kind"] == kind and r["step"] == step for r in read_lines(self.path))
 
     def close(self) -> None:
         """Flush TensorBoard."""
