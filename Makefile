@@ -1,8 +1,8 @@
 # Every target makes .venv from requirements.lock first if it is not there (or is older than the lock).
 # PYTHON may name an interpreter: make setup PYTHON=python3.12
 
-# The first of these that runs and is Python 3.11 or newer.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+# The first of these that runs and is Python 3.11 or newer; 3.11 and 3.12 are what is tested.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python

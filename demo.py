@@ -19,6 +19,8 @@ from errors import RunError, UserError
 from training.metrics import duration, read_lines
 
 ROOT = Path(__file__).resolve().parent
+#: How the reader can start this interpreter: shown before every command.
+PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
 RECIPE = "amber_tiny"
 SIMULATED = 4
 #: The run starts on one mesh and is continued on another.
@@ -40,6 +42,8 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     """
     if chunks < 2 or steps_per_chunk < 4:
         raise UserError("demo: needs at least 2 chunks and 4 steps in each, to be killed in the middle of one")
+    if not run_dir.name:
+        raise UserError(f"demo: --dir {run_dir}: give the name of a directory to make, such as runs/demo")
     from run import recipes
 
     config = recipes()[RECIPE]()
@@ -116,7 +120,7 @@ class Teller:
         self.say(f"\n== {title}")
 
     def _show(self, words: list[str]) -> None:
-        self.say(f"$ python run.py {shlex.join(words)}")
+        self.say(f"$ {PYTHON} run.py {shlex.join(words)}")
 
     def _took(self, verb: str, start: float) -> None:
         seconds = time.monotonic() - start
@@ -180,8 +184,8 @@ class Teller:
             f"validation loss {result['validation_loss_first']:.3f} -> {result['validation_loss_last']:.3f}\n"
             f"{data}: chunks, validation samples, tokenizer, document index, manifest\ntime: {times}\n\n"
             "== Try next\n"
-            f"python run.py series {run}\n"
-            f"python run.py generate {run}@6 --prompt 'import '\n"
-            f"python run.py train {RECIPE} --data synthetic --steps 10 --simulate 4 --mesh tensor=4\n"
+            f"{PYTHON} run.py series {run}\n"
+            f"{PYTHON} run.py generate {run}@{(result['checkpoints'] - 1) // 2} --prompt 'def '\n"
+            f"{PYTHON} run.py train {RECIPE} --data synthetic --steps 10 --simulate 4 --mesh tensor=4\n"
             f"tensorboard --logdir {run}/tensorboard    # pip install tensorboard"
         )

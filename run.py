@@ -9,7 +9,9 @@ corrupt file); 75 training was told to stop by a signal, saved, and can be conti
 import dataclasses
 import difflib
 import json
+import math
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,6 +179,8 @@ def prepare(args: Prepare) -> dict[str, Any]:
     data, model = args.config.data, args.config.model
     if not args.source:
         raise UserError("prepare: no source; give --source NAME=PATH at least once, for example code=embedded:stdlib")
+    if args.max_mb_per_source is not None and not 1e-6 <= args.max_mb_per_source < math.inf:
+        raise UserError(f"--max-mb-per-source {args.max_mb_per_source}: must be a positive number of megabytes")
     if data.chunks is None:
         raise UserError(f"prepare: {args.config.recipe} leaves the number of chunks open; set --data.chunks")
     manifest = prepare_data(
@@ -253,8 +257,8 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     """Verb `series`."""
     from checkpoint.series import Series, verify_files
 
-    if not args.dir.is_dir():
-        raise UserError(f"{args.dir}: no such run directory")
+    if not (args.dir / "config.json").exists():
+        raise UserError(f"{args.dir}: not a run directory (no config.json in it)")
     entries = Series(args.dir).entries()
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -277,8 +281,9 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
                 verify_files(entry)
             except RunError as e:
                 problems.append(str(e))
-            if parent is not None and m.parent_sha256 != parent.sha256:
-                problems.append(f"{entry.path}: its parent is not {parent.path} as it is now")
+            if m.parent_sha256 != (parent.sha256 if parent else None):
+                there = f"not {parent.path} as it is now" if parent else f"{m.parent}, which is missing"
+                problems.append(f"{entry.path}: its parent is {there}")
             row["check"] = "ok" if len(problems) == found else "FAILED"
         parent = entry
         rows.append(row)
@@ -306,8 +311,10 @@ def logits(args: Logits) -> dict[str, Any]:
     _simulate(args.simulate)
     try:
         tokens = np.load(args.tokens, allow_pickle=False)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"--tokens {args.tokens}: cannot read it as .npy ({e})") from e
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out {args.out}: give a name that ends in .npz")
     model, weights, mesh, name = _open(args.ref, args.mesh)
     result = forward(model, weights, tokens, mesh, Region(args.compute_dtype))
     try:
@@ -331,6 +338,11 @@ def generate(args: Generate) -> dict[str, Any]:
     _simulate(args.simulate)
     if not args.prompt:
         raise UserError('generate: no prompt; give --prompt "…" at least once')
+    for prompt in args.prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as e:  # bytes that are not UTF-8 reach Python as lone surrogates
+            raise UserError(f"--prompt {prompt!r}: not UTF-8 ({e.reason} at character {e.start})") from e
     tokenizer_path = args.tokenizer or parse_ref(args.ref)[0] / "tokenizer.model"
     tokenizer = Tokenizer(tokenizer_path)
     model, weights, mesh, name = _open(args.ref, args.mesh)
@@ -379,7 +391,7 @@ def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
         raise UserError(f"{ref}: names {len(entries)} checkpoints, and this verb takes one")
     try:
         config = RunConfig.from_dict(json.loads((run / "config.json").read_text()), families())
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"{run}: cannot read its config.json ({e}); is it a run directory?") from e
     wanted = MeshConfig.parse(mesh_text)
     devices = jax.devices()
@@ -425,6 +437,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         return _fail(e, 2, as_json)
     except RunError as e:
+        return _fail(e, 1, as_json)
+    except OSError as e:  # a full disk, a missing right: nothing that a traceback would explain better
         return _fail(e, 1, as_json)
     except SystemExit as e:  # tyro has printed help, or what is wrong with a flag
         if as_json and e.code:

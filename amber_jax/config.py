@@ -1,6 +1,7 @@
 """Amber's architecture as numbers."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -40,8 +41,8 @@ class AmberConfig(ModelConfig):
         if self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} must be even, because rotary rotates pairs of dimensions")
         for name in ("norm_eps", "rope_base", "init_std"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"model: {name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model: {name}={getattr(self, name)} must be positive and finite")
         if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
             raise UserError(f"model: padding_id={self.padding_id} is outside the vocabulary of {self.vocab_size}")
 

@@ -44,13 +44,25 @@ def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
     heads = config["num_attention_heads"]
     if config.get("num_key_value_heads", heads) != heads:
         raise UserError("convert: grouped key/value heads (num_key_value_heads) are not part of Amber's architecture")
+    width = config["hidden_size"] // heads
+    expected = {
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "head_dim": width,
+    }
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise UserError(f"convert: {name} is {config[name]!r}, and Amber's architecture has {value!r}")
     return AmberConfig(
         vocab_size=config["vocab_size"],
         context_length=config["max_position_embeddings"],
         num_layers=config["num_hidden_layers"],
         embed=config["hidden_size"],
         num_heads=heads,
-        head_dim=config["hidden_size"] // heads,
+        head_dim=width,
         mlp=config["intermediate_size"],
         norm_eps=config["rms_norm_eps"],
         rope_base=config.get("rope_theta", 10000.0),

@@ -76,6 +76,8 @@ def main():
     parser.add_argument("--recipe", default="amber_tiny")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.steps < 4 or args.recipe not in recipes():
+        parser.error(f"--steps must be at least 4 and --recipe one of {', '.join(recipes())}")
 
     config = recipes()[args.recipe]()
     if config.execution.remat != "none" or config.execution.loss_chunks != 1 or config.execution.microbatches != 1:
@@ -90,7 +92,7 @@ def main():
     )
     config = dataclasses.replace(config, data=dataclasses.replace(d, chunks=None, samples_per_chunk=None)).resolve(data)
     mesh = config.mesh.build(jax.devices()[:1])
-    program = Program.build(config, mesh)
+    program = Program.plan(config, mesh).compile()
     optimizer = optimizers.make_optimizer(config.optimizer, config.data.total_steps)
 
     def plain_step(params, moments, batch):

@@ -54,12 +54,12 @@ def differences(root: Path, expected: dict[str, dict[str, Any]], found: Iterable
     return [f"{name} {problem}" for name, problem in sorted(problems.items())]
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that is there whole, on the disk, or not at all."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

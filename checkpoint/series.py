@@ -18,7 +18,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -267,7 +267,13 @@ class SeriesWriter:
         return removed
 
     def save(
-        self, kind: Literal["series", "rolling"], *, params: Any, optimizer: Any | None, manifest: Manifest
+        self,
+        kind: Literal["series", "rolling"],
+        *,
+        params: Any,
+        optimizer: Any | None,
+        manifest: Manifest,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Save a state; returns once its arrays are copied to host memory. Waits for the save before this one.
 
@@ -276,6 +282,7 @@ class SeriesWriter:
             params: pytree of arrays; may be donated or deleted after the return.
             optimizer: the same, or None for a checkpoint that cannot be resumed from.
             manifest: without ``tensors`` and ``files``.
+            then: called once the checkpoint is committed, in another thread.
 
         Raises:
             RunError: the checkpoint exists, cannot be written, or the save before this one failed.
@@ -303,7 +310,9 @@ class SeriesWriter:
             self._discard(path)
             raise self._failed(path, e) from e
         manifest = dataclasses.replace(manifest, tensors=tensors)
-        self._thread = threading.Thread(target=self._commit, args=(saver, path, manifest), name=f"commit {path.name}")
+        self._thread = threading.Thread(
+            target=self._commit, args=(saver, path, manifest, then), name=f"commit {path.name}"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -319,7 +328,9 @@ class SeriesWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _commit(self, saver: ocp.AsyncCheckpointer, path: Path, manifest: Manifest) -> None:
+    def _commit(
+        self, saver: ocp.AsyncCheckpointer, path: Path, manifest: Manifest, then: Callable[[], None] | None
+    ) -> None:
         try:
             arrays.finish_save(saver)
             if self._primary:
@@ -330,6 +341,8 @@ class SeriesWriter:
                 if manifest.kind == "series":
                     with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
                         index.write(_line(entry))
+                if then:
+                    then()
                 if entry.has("optimizer"):
                     self._prune(manifest)
             self._barrier()

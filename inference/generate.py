@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,10 +40,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"generate: max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"generate: temperature={self.temperature} must be 0 (greedy) or positive")
         if self.top_k < 0:
             raise UserError(f"generate: top_k={self.top_k} must be 0 (all) or positive")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"generate: seed={self.seed} must be at least 0 and below 2**32")
         if not 0 < self.top_p <= 1:
             raise UserError(f"generate: top_p={self.top_p} must be in (0, 1]")
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, how it exits, what it says about mistakes."""
 
+import configparser
 import dataclasses
 import json
 import os
@@ -143,15 +144,28 @@ def test_times_synthetic_steps(capsys):
         (["series", "nowhere"], "nowhere"),
         (["generate", "nowhere@latest", "--prompt", "a"], "there is no directory nowhere"),
         (["generate", "nowhere"], "no prompt"),
+        (["series", "."], "not a run directory (no config.json in it)"),
         (["logits", "nowhere", "--tokens", "t.npy", "--out", "o.npz"], "t.npy: cannot read it as .npy"),
+        (["logits", "nowhere", "--tokens", "empty.npy", "--out", "o.npz"], "empty.npy: cannot read it as .npy"),
+        (["logits", "nowhere", "--tokens", "one.npy", "--out", "o"], "give a name that ends in .npz"),
+        (["generate", "nowhere@1", "--prompt", "\udcff"], "not UTF-8"),
+        (["train", "amber_tiny", "--data", "synthetic", "--run", "one.npy", "--mesh", "data=8"], "one.npy: is a file"),
+        (["train", "amber_tiny", "--data", "synthetic", "--seed", "-1"], "seed=-1 must be at least 0 and below 2**32"),
+        (["train", "amber_tiny", "--data", "synthetic", "--optimizer.clip-norm", "nan"], "clip_norm=nan must be"),
+        (["prepare", "amber_tiny", "--out", "x", "--source", "a=b", "--max-mb-per-source", "inf"], "positive number"),
+        (["demo", "--dir", "."], "give the name of a directory to make"),
+        (["demo", "--chunks", "1"], "needs at least 2 chunks"),
     ],
 )
 def test_a_mistake_gets_one_message_and_exit_code_two(capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "one.npy", np.ones((1, 1), np.int32))
     code, out, err = call(capsys, *words, "--json")
     assert code == 2, err
-    assert message in json.loads(out)["error"]
-    assert message in err
+    if "flag is wrong" not in json.loads(out)["error"]:
+        assert message in json.loads(out)["error"]
+    assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
     assert not (tmp_path / "r").exists()
 
@@ -199,7 +213,22 @@ def test_every_verb_has_help(capsys):
         assert "--json" in text
 
 
-def test_the_installed_script_starts_from_anywhere(tmp_path):
+def test_the_installed_command_is_this_one():
+    entry = configparser.ConfigParser()
+    entry.read(ROOT / "setup.cfg")
+    assert entry["options.entry_points"]["console_scripts"].split() == ["llm360", "=", "run:main"]
+
+
+def test_series_check_misses_the_first(work, capsys, tmp_path):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", work / "run", copy], check=True)
+    subprocess.run(["rm", "-r", copy / "series" / "init"], check=True)
+    code, _, err = call(capsys, "series", copy, "--check")
+    assert code == 1
+    assert "its parent is init, which is missing" in err
+
+
+def test_the_script_starts_from_anywhere(tmp_path):
     """As a process of its own, without the test's environment: stdout holds one JSON object and nothing else."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [sys.executable, str(ROOT / "run.py"), "train", "amber_tiny", "--data", "synthetic", "--steps", "2"]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ from parallel.mesh import MeshConfig
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and value < least:
-        raise UserError(f"config: {name}={value} must be at least {least}")
+    if value is not None and not least <= value < math.inf:
+        raise UserError(f"config: {name}={value} must be at least {least}, and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch", "sequence_length", "chunks", "samples_per_chunk"):
             _at_least(f"data.{name}", getattr(self, name), 1)
-        for name in ("validation_per_source", "seed", "workers"):
+        for name in ("validation_per_source", "workers"):
             _at_least(f"data.{name}", getattr(self, name), 0)
         if self.samples_per_chunk is not None and self.samples_per_chunk < self.global_batch:
             raise UserError(
@@ -96,7 +97,7 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("eps", "clip_norm"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be positive")
 
 
@@ -168,7 +169,9 @@ class RunConfig:
                 f"config: execution.loss_chunks={e.loss_chunks} does not divide "
                 f"data.sequence_length={d.sequence_length}"
             )
-        _at_least("seed", self.seed, 0)
+        for name, seed in (("seed", self.seed), ("data.seed", d.seed)):
+            if not 0 <= seed < 2**32:
+                raise UserError(f"config: {name}={seed} must be at least 0 and below 2**32")
 
     def check_mesh(self, degrees: Mapping[str, int]) -> None:
         """Refuse a mesh that does not divide the model, the batch or the sequence (UserError), before any compile.
@@ -239,8 +242,10 @@ class RunConfig:
         Raises:
             UserError: unknown family, or unknown, missing or wrongly typed fields.
         """
+        if not isinstance(value, Mapping) or not isinstance(value.get("model"), Mapping):
+            raise UserError("config: not a mapping of fields with a model in it")
         fields = dict(value)
-        model = dict(fields.get("model", {}))
+        model = dict(fields["model"])
         family = model.pop("family", None)
         if family not in families:
             raise UserError(f"config: model family {family!r} is unknown; known: {', '.join(families)}")

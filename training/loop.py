@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from checkpoint.files import write_atomically
 from checkpoint.manifest import Manifest, code_version, environment
 from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader, TokenData
@@ -41,7 +40,7 @@ class Outcome:
     loss: float | None
     """Loss of the last step of this call, None if there was none."""
     validation_loss: float | None
-    """Newest validation loss."""
+    """Newest validation loss of this call, None if it reached no end of a chunk."""
     resumed_from: int | None
     """Step that this call continued from, None for a new run."""
     compile_s: float
@@ -72,99 +71,111 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
     data.check_files()
-    _claim(config, run, families)
-    _keep_tokenizer(data, run)
+    _check_directory(run)
     with SeriesWriter(run) as writer, StopRequest() as stop:
-        program = Program.build(config, mesh)
-        state, parent = _restore(program, run, data, writer)
-        begin = int(state.step)
+        _claim(config, run, families)
+        writer.clean()
+        parent = Series(run).newest()
+        begin = parent.manifest.step if parent else 0
+        end = min(config.data.total_steps, config.data.total_steps if stop_at is None else stop_at)
+        _check_continuation(parent, data, run, stop_at)
+        if parent is None:
+            _keep_tokenizer(data, run)
+        plan = Program.plan(config, mesh)
+        state = _restore(plan, parent) if parent else plan.init()
+        program = plan.compile()
+
         metrics, ledger = MetricsWriter(run, begin if parent else None), Ledger(run)
         ledger(
-            "resume" if parent else "start", step=begin, mesh=program.mesh.shape, parent=parent and parent.manifest.name
+            "resume" if parent else "start", step=begin, mesh=dict(mesh.shape), parent=parent and parent.manifest.name
         )
-        log = Log(program, metrics, parent_step=begin - begin % config.data.steps_per_chunk)
+        per_chunk = config.data.steps_per_chunk
+        log = Log(program, metrics, parent_step=begin - begin % per_chunk)
         save = Saver(program, data, writer, ledger, run)
         if parent is None:
-            log.validation(begin, program.validate(state.params, data))
             save(state, "series", log)
+        if begin % per_chunk == 0 and begin not in metrics.validated:
+            log.validation(begin, program.validate(state.params, data))
 
-        end = min(config.data.total_steps, config.data.total_steps if stop_at is None else stop_at)
         loader = Loader(
             data,
             global_batch=config.data.global_batch,
             microbatches=config.execution.microbatches,
-            sharding=steps.batch_sharding(program.mesh),
+            sharding=steps.batch_sharding(mesh),
             workers=config.data.workers,
         )
         done = begin
-        for batch in loader.batches(begin, end):
+        for batch in loader.batches(begin, begin if stop.requested else end):
             state, values = program.train_step(state, batch)
             log.step(done, values)
             done += 1
-            if done % config.data.steps_per_chunk == 0:
-                log.validation(done, program.validate(state.params, data))
+            stopping, chunk_done = stop.requested, done % per_chunk == 0
+            if chunk_done:
                 save(state, "series", log)
-            elif done % config.series.rolling_every_steps == 0 or done == end or stop.requested:
+            elif stopping or done == end or done % config.series.rolling_every_steps == 0:
                 save(state, "rolling", log)
-            if stop.requested:
-                break
+            if stopping:
+                break  # a validation that is missing now is made up for when the run goes on
+            if chunk_done:
+                log.validation(done, program.validate(state.params, data))
         log.close()
         writer.wait()
         finished = done == config.data.total_steps
-        reason: Any = "finished" if finished else "interrupted" if stop.requested else "stopped"
+        reason: Any = "finished" if finished else "interrupted" if done < end else "stopped"
         ledger("finish" if finished else "stop", step=done, reason=reason)
         return log.outcome(reason, done, begin if parent else None)
 
 
-def _claim(config: RunConfig, run: Path, families: Families) -> None:
-    """Make the run directory this config's, or refuse it."""
-    path = run / "config.json"
-    if path.exists():
-        try:
-            there = RunConfig.from_dict(json.loads(path.read_text()), families)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}: not a run's configuration ({e}); give another --run directory") from e
-        config.check_same_run(there, run)
+def _check_directory(run: Path) -> None:
+    """Refuse a directory that is somebody else's, before anything is written in it."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; give a --run directory")
+    if not run.exists() or (run / "config.json").exists():
         return
-    if run.exists() and any(p.name != ".lock" for p in run.iterdir()):
+    if any(p.name not in (".lock", "config.json.part") for p in run.iterdir()):
         raise UserError(f"{run}: not empty and not a run directory (no config.json); give another --run directory")
+
+
+def _claim(config: RunConfig, run: Path, families: Families) -> None:
+    """Make the run directory this config's, or refuse it. Called under the writer's lock."""
+    path = run / "config.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
+        return
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        os.replace(part, path)
-    except OSError as e:
-        raise RunError(f"{run}: cannot make the run directory ({e.strerror})") from e
+        there = RunConfig.from_dict(json.loads(path.read_text()), families)
+    except ValueError as e:
+        raise UserError(f"{path}: not a run's configuration ({e}); give another --run directory") from e
+    config.check_same_run(there, run)
+
+
+def _check_continuation(parent: Entry | None, data: TokenData, run: Path, stop_at: int | None) -> None:
+    """Refuse to go on with other data, or to a step that is already past."""
+    if parent is None:
+        return
+    if parent.manifest.data_sha256 != data.sha256:
+        raise UserError(
+            f"{run}: was trained on data with manifest {parent.manifest.data_sha256[:12]}…, and --data has "
+            f"{data.sha256[:12]}…; give the run's own data, or another --run directory"
+        )
+    if stop_at is not None and stop_at < parent.manifest.step:
+        raise UserError(
+            f"--steps {stop_at}: the run has {parent.manifest.step} steps already; give more, or leave it out"
+        )
 
 
 def _keep_tokenizer(data: TokenData, run: Path) -> None:
     """Copy the data's tokenizer beside the checkpoints, so that a run can write text wherever it is taken."""
-    source, target = data.tokenizer_file, run / "tokenizer.model"
-    if source is None or target.exists():
-        return
-    part = target.with_suffix(".part")
-    try:
-        shutil.copyfile(source, part)
-        os.replace(part, target)
-    except OSError as e:
-        raise RunError(f"{target}: cannot copy the tokenizer {source} ({e.strerror})") from e
+    if data.tokenizer_file is not None:
+        write_atomically(run / "tokenizer.model", data.tokenizer_file.read_bytes())
 
 
-def _restore(program: Program, run: Path, data: TokenData, writer: SeriesWriter) -> tuple[TrainState, Entry | None]:
-    """The newest state of the run on this mesh, or the initial one."""
-    writer.clean()
-    entry = Series(run).newest()
-    if entry is None:
-        return program.init(), None
-    if entry.manifest.data_sha256 != data.sha256:
-        raise UserError(
-            f"{run}: was trained on data with manifest {entry.manifest.data_sha256[:12]}…, and --data has "
-            f"{data.sha256[:12]}…; give the run's own data, or another --run directory"
-        )
+def _restore(program: Program, entry: Entry) -> TrainState:
+    """The state of a checkpoint on this mesh."""
     abstract = program.abstract
     params, optimizer = restore(entry, params=abstract.params, optimizer=abstract.optimizer)
     step = jax.device_put(np.int32(entry.manifest.step), abstract.step.sharding)
-    return TrainState(step, params, optimizer), entry
+    return TrainState(step, params, optimizer)
 
 
 class Saver:
@@ -191,6 +202,7 @@ class Saver:
             kind,
             params=state.params,
             optimizer=state.optimizer,
+            then=lambda: self.ledger("save", step=step, kind=kind),
             manifest=Manifest(
                 index=index,
                 name=("init" if step == 0 else f"{index:03d}") if kind == "series" else f"{step:08d}",
@@ -214,7 +226,6 @@ class Saver:
                 wall_time=time.time(),
             ),
         )
-        self.ledger("save", step=step, kind=kind)
 
 
 class Log:
@@ -244,6 +255,12 @@ class Log:
         step, values = self.pending
         self.pending = None
         record: dict[str, Any] = {name: float(v) for name, v in values.items()}
+        if not np.isfinite(record["loss"]) or not np.isfinite(record["grad_norm"]):
+            raise RunError(
+                f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite, and nothing "
+                "of it was saved; the same command goes on from the checkpoint before. Lower the learning rate, or "
+                "look at the data of this step"
+            )
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.times.append(seconds)
@@ -317,7 +334,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     config = config.resolve(data)
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
-    program = Program.build(config, mesh)
+    program = Program.plan(config, mesh).compile()
     state = program.init()
     loader = Loader(
         data,

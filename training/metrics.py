@@ -1,13 +1,14 @@
 """What a run writes down while it trains: ``metrics.jsonl``, TensorBoard, one progress line, the ledger."""
 
 import json
-import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from checkpoint.files import write_atomically
 from errors import RunError
 
 
@@ -19,9 +20,18 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """
     try:
         with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
     except OSError as e:
         raise RunError(f"{path}: cannot append ({e.strerror}); free some space and run the same command again") from e
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line that was cut off by a kill or a full disk, so that the next one starts afresh."""
+    if not path.exists():
+        return
+    raw = path.read_bytes()
+    if raw and not raw.endswith(b"\n"):
+        write_atomically(path, raw[: raw.rfind(b"\n") + 1])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -44,6 +54,7 @@ class Ledger:
 
     def __init__(self, run: Path):
         self.path = run / "ledger.jsonl"
+        cut_torn_line(self.path)
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Append one event with the time (unix seconds)."""
@@ -58,30 +69,70 @@ class MetricsWriter:
     """
 
     def __init__(self, run: Path, resume_step: int | None):
-        from tensorboardX import SummaryWriter  # half a second to import; only a training process needs it
-
         self.path = run / "metrics.jsonl"
-        self._cut(-1 if resume_step is None else resume_step)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
+        kept = self._cut(-1 if resume_step is None else resume_step)
+        self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
+        self.board = Board(run / "tensorboard", kept)
 
-    def _cut(self, step: int) -> None:
-        kept = [
-            r for r in read_lines(self.path) if r["step"] < step or (r["kind"] == "validation" and r["step"] <= step)
-        ]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(part, self.path)
+    def _cut(self, step: int) -> list[dict[str, Any]]:
+        records = read_lines(self.path)
+        kept = [r for r in records if r["step"] < step or (r["kind"] == "validation" and r["step"] <= step)]
+        cut_torn_line(self.path)
+        if len(kept) < len(records):
+            write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        return kept
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line in the file, and each number as a TensorBoard scalar ``kind/name``."""
-        append_line(self.path, {"kind": kind, "step": step, **values})
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        """One line in the file and one event on the board. Raises RunError where neither can be written."""
+        record = {"kind": kind, "step": step, **values}
+        append_line(self.path, record)
+        self.board.write(record)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Close the board's file."""
         self.board.close()
+
+
+class Board:
+    """A TensorBoard event file that says what ``metrics.jsonl`` says; made anew from it whenever a run goes on.
+
+    Written synchronously: tensorboardX's own `SummaryWriter` writes from a thread, and when that dies of a full disk
+    the training waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, records: list[dict[str, Any]]):
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import; only a training process needs it
+
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        for record in records:
+            self._add(record)
+        self._writer.flush()
+
+    def _add(self, record: Mapping[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name not in ("kind", "step") and isinstance(value, (int, float))
+        ]
+        event = Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
+        self._writer.write_event(event)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add one record of ``metrics.jsonl``. Raises RunError if the file cannot be written."""
+        try:
+            self._add(record)
+            self._writer.flush()
+        except OSError as e:
+            raise RunError(f"tensorboard: cannot write ({e}); free some space and run the same command again") from e
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
 
 def duration(seconds: float) -> str:

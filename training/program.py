@@ -31,43 +31,41 @@ class Program:
     learning_rate: optax.Schedule
     abstract: TrainState
     """Shapes, dtypes and shardings of the state."""
-    train_step: Any
+    train_step: Any = None
     """Compiled ``(state, batch) -> (state, metrics)``; donates the state."""
-    eval_step: Any
+    eval_step: Any = None
     """Jitted ``(params, batch) -> {"loss_sum", "weight"}``; compiles when first called."""
-    compile_s: float
+    compile_s: float = 0.0
     """Seconds to trace and compile the train step."""
-    peak_bytes: int
+    peak_bytes: int = 0
     """Memory of the train step on each device as the compiler plans it: state, batch and temporaries."""
-    peak: topology.Peak | None
+    peak: topology.Peak | None = None
     """What the devices can do at best, or None where that is not known."""
 
     @classmethod
-    def build(cls, config: RunConfig, mesh: Mesh) -> "Program":
-        """Trace and compile.
+    def plan(cls, config: RunConfig, mesh: Mesh) -> "Program":
+        """Everything but the compiled steps: enough to restore a state.
 
         Args:
             config: resolved with its data (`RunConfig.resolve`).
             mesh: over the devices to use; divides the model and the batch (`RunConfig.check_mesh`).
         """
         total = config.data.total_steps
-        learning_rate = optimizers.schedule(config.optimizer, total)
         optimizer = optimizers.make_optimizer(config.optimizer, total)
-        region = config.execution.region
-        abstract = states.abstract_state(config.model, optimizer, mesh)
-        train_step = steps.make_train_step(config.model, optimizer, learning_rate, region, mesh)
+        learning_rate = optimizers.schedule(config.optimizer, total)
+        return cls(config, mesh, optimizer, learning_rate, states.abstract_state(config.model, optimizer, mesh))
+
+    def compile(self) -> "Program":
+        """This plan with its steps traced and compiled."""
+        config, mesh, region = self.config, self.mesh, self.config.execution.region
+        train_step = steps.make_train_step(config.model, self.optimizer, self.learning_rate, region, mesh)
         start = time.perf_counter()
-        compiled = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
-        seconds = time.perf_counter() - start
-        return cls(
-            config=config,
-            mesh=mesh,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            abstract=abstract,
+        compiled = train_step.lower(self.abstract, abstract_batch(config, mesh)).compile()
+        return dataclasses.replace(
+            self,
             train_step=compiled,
             eval_step=steps.make_eval_step(config.model, region, mesh),
-            compile_s=seconds,
+            compile_s=time.perf_counter() - start,
             peak_bytes=planned_bytes(compiled),
             peak=topology.peak(list(mesh.devices.flat)),
         )

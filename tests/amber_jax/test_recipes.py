@@ -102,6 +102,8 @@ def test_conversion_names_what_is_wrong():
         convert.from_hf(complete | {"model.norm.weight": np.zeros(5)}, config)
     with pytest.raises(UserError, match="model_type is 'gpt2', expected 'llama'"):
         convert.config_from_hf(CONFIG | {"model_type": "gpt2"})
+    with pytest.raises(UserError, match=r"rope_scaling is .*linear.* and Amber's architecture has None"):
+        convert.config_from_hf(CONFIG | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     with pytest.raises(UserError, match="grouped key/value heads"):
         convert.config_from_hf(CONFIG | {"num_key_value_heads": 1})
 

@@ -24,6 +24,11 @@ def with_execution(config, **changes):
     ("change", "message"),
     [
         (lambda c: with_data(c, global_batch=0), "data.global_batch=0 must be at least 1"),
+        (lambda c: dataclasses.replace(c, seed=2**32), r"seed=4294967296 must be at least 0 and below"),
+        (
+            lambda c: dataclasses.replace(c.optimizer, peak_learning_rate=float("nan")),
+            "nan must be at least 0, and finite",
+        ),
         (lambda c: with_data(c, samples_per_chunk=4), "global_batch=8 is larger than a chunk of 4 samples"),
         (lambda c: with_data(c, sequence_length=64), "longer than the model's context of 32"),
         (lambda c: with_execution(c, microbatches=3), "microbatches=3 does not divide data.global_batch=8"),
@@ -87,6 +92,7 @@ def test_a_run_may_move_to_another_mesh_but_not_to_another_recipe(tiny, tmp_path
         (("execution", "remat"), "some", "execution.remat is 'some'"),
         (("mesh", "colour"), 1, r"config.mesh has fields \['colour'"),
         (("data",), 3, "config.data has fields int"),
+        (("model",), 3, "not a mapping of fields with a model in it"),
     ],
 )
 def test_a_damaged_file_is_named_by_field(path, value, message):

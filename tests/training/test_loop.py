@@ -41,13 +41,16 @@ def on_mesh(config, text):
 
 
 def losses(run):
-    return {r["step"]: (r["loss"], r["grad_norm"]) for r in read_lines(run / "metrics.jsonl") if r["kind"] == "train"}
+    """Loss and norm of every step; a step that is logged twice, or out of order, is an error."""
+    train = [r for r in read_lines(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(len(train)))
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in train}
 
 
 def final_state(config, run):
     """All arrays of the last series checkpoint, as they are on disk."""
     entry = Series(run).resolve("latest")[0]
-    program = loop.Program.build(config.resolve(DATA), config.mesh.build())
+    program = loop.Program.plan(config.resolve(DATA), config.mesh.build())
     state = restore(entry, params=program.abstract.params, optimizer=program.abstract.optimizer)
     return [np.asarray(x) for x in jax.tree.leaves(state)]
 
@@ -79,6 +82,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(reference, tmp_path):
     assert losses(run) == losses(whole)
     for ours, theirs in zip(final_state(config, run), final_state(config, whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    assert [e["event"] for e in read_lines(run / "ledger.jsonl") if e["event"] != "save"] == [
+        "start", "stop", "resume", "stop", "resume", "stop", "resume", "finish",
+    ]  # fmt: skip
 
 
 def test_resumed_on_other_meshes_follows_the_same_curve(reference, tiny, tmp_path):
@@ -111,10 +117,10 @@ def test_a_killed_process_resumes_to_the_same_bits(reference, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(losses(run)) < 7 and process.poll() is None and time.monotonic() < deadline:
+    while len(read_lines(run / "metrics.jsonl")) < 7 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert len(losses(run)) >= 7
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     assert losses(run) == losses(whole)
@@ -245,10 +251,72 @@ def test_validation_loss_by_source(tiny, tmp_path):
     assert first["loss"] == pytest.approx(first["loss/syllables"])
     assert second["loss"] < first["loss"] - 1
     assert (run / "tokenizer.model").read_bytes() == data.tokenizer_file.read_bytes()
-    assert list((run / "tensorboard").iterdir())
+    resumed = tmp_path / "resumed"
+    for stop in (3, data.samples_per_chunk // 8):
+        train(config, resumed, data, stop_at=stop)
+    timeless = [
+        [{k: v for k, v in r.items() if k in ("kind", "step") or "loss" in k} for r in read_lines(d / "metrics.jsonl")]
+        for d in (run, resumed)
+    ]
+    assert timeless[0] == timeless[1], "every logged loss, validation included, also across an interruption"
     shutil.rmtree(data_dir / "chunks")
     with pytest.raises(RunError, match=r"chunks/000.arrayrecord"):
         train(config, run, ChunkedData(data_dir))
+
+
+def test_a_step_that_is_past_is_refused_before_anything_is_compiled(reference, monkeypatch):
+    config, run = reference
+    before = (run / "ledger.jsonl").read_text()
+    monkeypatch.setattr(loop.Program, "compile", lambda self: pytest.fail("compiled"))
+    with pytest.raises(UserError, match="--steps 3: the run has 12 steps already"):
+        train(config, run, stop_at=3)
+    with pytest.raises(UserError, match="was trained on data"):
+        train(config, run, dataclasses.replace(DATA, seed=6))
+    assert (run / "ledger.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny, tmp_path):
+    """A learning rate of 1e38 makes the weights infinite at the second update."""
+    wild = dataclasses.replace(tiny.optimizer, peak_learning_rate=1e38, warmup_steps=0)
+    config = dataclasses.replace(tiny, optimizer=wild)
+    with pytest.raises(RunError, match=r"step \d: loss .*not finite, and nothing of it was saved"):
+        train(config, tmp_path / "run")
+    assert [e.manifest.name for e in Series(tmp_path / "run").entries()] == ["init"]
+
+
+def test_the_board_says_what_the_metrics_say(reference, tiny, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    run = tmp_path / "run"
+    train(tiny, run, stop_at=5)
+    train(tiny, run)
+    (file,) = (run / "tensorboard").iterdir()
+    raw, at, seen = file.read_bytes(), 0, {}
+    while at < len(raw):
+        size = int.from_bytes(raw[at : at + 8], "little")
+        event = Event.FromString(raw[at + 12 : at + 12 + size])
+        at += size + 16
+        seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    for record in read_lines(run / "metrics.jsonl"):
+        assert seen[f"{record['kind']}/loss", record["step"]] == np.float32(record["loss"])
+
+
+def test_a_torn_ledger_line_does_not_spoil_the_next(tiny, tmp_path):
+    run = tmp_path / "run"
+    train(tiny, run, stop_at=1)
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write('{"event": "sto')
+    train(tiny, run, stop_at=2)
+    events = [e["event"] for e in read_lines(run / "ledger.jsonl")]
+    assert events.count("resume") == 1
+
+
+def test_a_kill_while_the_directory_was_claimed_is_no_obstacle(tiny, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "config.json.part").write_text("{")
+    assert train(tiny, run, stop_at=1).step == 1
 
 
 FULL_DISK = """
