@@ -4,8 +4,10 @@ import configparser
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 import run
 from checkpoint.series import Series
+from training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -211,6 +214,26 @@ def test_every_verb_has_help(capsys):
         code, text, _ = call(capsys, verb, "--help")
         assert code == 0
         assert "--json" in text
+
+
+def test_sigterm_saves_and_exits_with_75(tmp_path):
+    """A process of its own is told to stop in the middle of training; the same command then finishes the run."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, str(ROOT / "run.py"), "train", "amber_tiny", "--data", "synthetic", "--run", "run"]
+    command += ["--simulate", "1", "--data.samples-per-chunk", "4000", "--json", *SMALL]
+    options = {"cwd": tmp_path, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **options)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while len(read_lines(metrics)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    stopped = json.loads(out)
+    assert stopped["reason"] == "interrupted"
+    assert 3 <= stopped["step"] < 1000
+    again = subprocess.run([*command, "--steps", str(stopped["step"] + 2)], **options, check=True)
+    assert json.loads(again.stdout)["resumed_from"] == stopped["step"]
 
 
 def test_the_installed_command_is_this_one():
