@@ -97,6 +97,18 @@ class SeriesArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Where:
+    """On what a checkpoint is used, and how."""
+
+    mesh: str = "data=1"
+    """Degrees of parallelism."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrices and activations."""
+    simulate: int | None = None
+    """Run on this many simulated CPU devices."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Logits:
     """Logits of given token ids."""
 
@@ -106,12 +118,7 @@ class Logits:
     """.npy file of token ids, integers [rows, positions]."""
     out: Path
     """.npz file to write: `logits`, float32 [rows, positions, vocabulary]."""
-    mesh: str = "data=1"
-    """Degrees of parallelism."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of matrices and activations."""
-    simulate: int | None = None
-    """Run on this many simulated CPU devices."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -138,12 +145,7 @@ class Generate:
     """Run the whole prefix again for every token: slow, gives the same text."""
     tokenizer: Path | None = None
     """SentencePiece .model file, if not the one of the run."""
-    mesh: str = "data=1"
-    """Degrees of parallelism."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of matrices and activations."""
-    simulate: int | None = None
-    """Run on this many simulated CPU devices."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -232,7 +234,8 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
             vocab_size=config.model.vocab_size,
             sequence_length=d.sequence_length,
             chunks=d.chunks or 1,
-            samples_per_chunk=d.samples_per_chunk or 100 * d.global_batch,
+            # A timed run needs its steps; of a run that is kept, the data must not depend on --steps.
+            samples_per_chunk=d.samples_per_chunk or max(100, 0 if args.run else args.steps or 0) * d.global_batch,
             seed=d.seed,
         )
         if args.run is None:
@@ -256,6 +259,7 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
 def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     """Verb `series`."""
     from checkpoint.series import Series, verify_files
+    from parallel.mesh import MeshConfig
 
     if not (args.dir / "config.json").exists():
         raise UserError(f"{args.dir}: not a run directory (no config.json in it)")
@@ -271,7 +275,7 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
             "tokens": m.tokens,
             "loss_mean": m.loss.get("mean"),
             "learning_rate": m.learning_rate,
-            "mesh": ",".join(f"{a}={n}" for a, n in m.mesh.items() if n > 1) or "data=1",
+            "mesh": str(MeshConfig(**m.mesh)),
             "bytes": sum(f["bytes"] for f in m.files.values()),
             "manifest_sha256": entry.sha256,
         }
@@ -308,15 +312,15 @@ def logits(args: Logits) -> dict[str, Any]:
     from inference.forward import forward
     from layers.region import Region
 
-    _simulate(args.simulate)
+    _simulate(args.where.simulate)
     try:
         tokens = np.load(args.tokens, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"--tokens {args.tokens}: cannot read it as .npy ({e})") from e
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: give a name that ends in .npz")
-    model, weights, mesh, name = _open(args.ref, args.mesh)
-    result = forward(model, weights, tokens, mesh, Region(args.compute_dtype))
+    model, weights, mesh, name = _open(args.ref, args.where.mesh)
+    result = forward(model, weights, tokens, mesh, Region(args.where.compute_dtype))
     try:
         np.savez(args.out, logits=result["logits"])
     except OSError as e:
@@ -335,7 +339,7 @@ def generate(args: Generate) -> dict[str, Any]:
     from inference.generate import generate as generate_tokens
     from layers.region import Region
 
-    _simulate(args.simulate)
+    _simulate(args.where.simulate)
     if not args.prompt:
         raise UserError('generate: no prompt; give --prompt "…" at least once')
     for prompt in args.prompt:
@@ -345,7 +349,7 @@ def generate(args: Generate) -> dict[str, Any]:
             raise UserError(f"--prompt {prompt!r}: not UTF-8 ({e.reason} at character {e.start})") from e
     tokenizer_path = args.tokenizer or parse_ref(args.ref)[0] / "tokenizer.model"
     tokenizer = Tokenizer(tokenizer_path)
-    model, weights, mesh, name = _open(args.ref, args.mesh)
+    model, weights, mesh, name = _open(args.ref, args.where.mesh)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{tokenizer_path}: {tokenizer.vocab_size} pieces, but the model's vocabulary is {model.vocab_size}; "
@@ -354,7 +358,7 @@ def generate(args: Generate) -> dict[str, Any]:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = [tokenizer.encode(p) for p in args.prompt]
     new = generate_tokens(
-        model, weights, prompts, mesh, Region(args.compute_dtype), sampling, tokenizer.eos_id, not args.no_cache
+        model, weights, prompts, mesh, Region(args.where.compute_dtype), sampling, tokenizer.eos_id, not args.no_cache
     )
     texts = [tokenizer.decode(p + n) for p, n in zip(prompts, new, strict=True)]
     if not args.json:

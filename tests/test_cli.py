@@ -131,6 +131,12 @@ def test_times_synthetic_steps(capsys):
     assert timing["first_loss"] == pytest.approx(np.log(300), abs=0.1)
 
 
+def test_times_more_steps_than_synthetic_data_holds_by_default(capsys):
+    code, out, _ = call(capsys, "train", "amber_tiny", "--data", "synthetic", "--steps", 205, "--json", *MESH, *SMALL)
+    assert code == 0
+    assert json.loads(out)["steps"] == 205
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -11,16 +11,17 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from checkpoint.files import write_atomically
-from checkpoint.manifest import Manifest, code_version, environment
+from checkpoint.manifest import Manifest, checkpoint_name, code_version, environment
 from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader, TokenData
 from errors import RunError, UserError
 from layers.model import ModelConfig
 from training import step as steps
 from training.config import RunConfig
-from training.metrics import Ledger, MetricsWriter, ProgressLine, read_lines
+from training.metrics import Ledger, MetricsWriter, ProgressLine
 from training.program import Program
 from training.state import TrainState
 
@@ -90,22 +91,15 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
             "resume" if parent else "start", step=begin, mesh=dict(mesh.shape), parent=parent and parent.manifest.name
         )
         per_chunk = config.data.steps_per_chunk
-        log = Log(program, metrics, parent_step=begin - begin % per_chunk)
+        log = Log(program, metrics)
         save = Saver(program, data, writer, ledger, run)
         if parent is None:
             save(state, "series", log)
         if begin % per_chunk == 0 and begin not in metrics.validated:
             log.validation(begin, program.validate(state.params, data))
 
-        loader = Loader(
-            data,
-            global_batch=config.data.global_batch,
-            microbatches=config.execution.microbatches,
-            sharding=steps.batch_sharding(mesh),
-            workers=config.data.workers,
-        )
         done = begin
-        for batch in loader.batches(begin, begin if stop.requested else end):
+        for batch in _loader(config, data, mesh).batches(begin, begin if stop.requested else end):
             state, values = program.train_step(state, batch)
             log.step(done, values)
             done += 1
@@ -124,6 +118,16 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         reason: Any = "finished" if finished else "interrupted" if done < end else "stopped"
         ledger("finish" if finished else "stop", step=done, reason=reason)
         return log.outcome(reason, done, begin if parent else None)
+
+
+def _loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
+    return Loader(
+        data,
+        global_batch=config.data.global_batch,
+        microbatches=config.execution.microbatches,
+        sharding=steps.batch_sharding(mesh),
+        workers=config.data.workers,
+    )
 
 
 def _check_directory(run: Path) -> None:
@@ -205,7 +209,7 @@ class Saver:
             then=lambda: self.ledger("save", step=step, kind=kind),
             manifest=Manifest(
                 index=index,
-                name=("init" if step == 0 else f"{index:03d}") if kind == "series" else f"{step:08d}",
+                name=checkpoint_name(kind, index, step),
                 kind=kind,
                 phase=0,
                 step=step,
@@ -231,14 +235,13 @@ class Saver:
 class Log:
     """Collects what the steps report, one step late so that the devices never wait for the host."""
 
-    def __init__(self, program: Program, metrics: MetricsWriter, parent_step: int):
+    def __init__(self, program: Program, metrics: MetricsWriter):
         self.program, self.metrics = program, metrics
         self.progress = ProgressLine(program.config.data.total_steps)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = time.perf_counter()
         self.times: list[float] = []
-        self.losses = {r["step"]: r["loss"] for r in read_lines(metrics.path) if r["kind"] == "train"}
-        self.losses = {s: v for s, v in self.losses.items() if s >= parent_step}
+        self.losses = dict(metrics.losses)
         self.last_loss: float | None = None
         self.validation_loss: float | None = None
 
@@ -336,14 +339,8 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     config.check_mesh(mesh.shape)
     program = Program.plan(config, mesh).compile()
     state = program.init()
-    loader = Loader(
-        data,
-        global_batch=config.data.global_batch,
-        microbatches=config.execution.microbatches,
-        sharding=steps.batch_sharding(program.mesh),
-    )
     times, losses = [], []
-    for index, batch in enumerate(loader.batches(0, num_steps)):
+    for index, batch in enumerate(_loader(config, data, mesh).batches(0, num_steps)):
         start = time.perf_counter()
         state, values = program.train_step(state, batch)
         losses.append(float(values["loss"]))

@@ -71,6 +71,7 @@ class MetricsWriter:
     def __init__(self, run: Path, resume_step: int | None):
         self.path = run / "metrics.jsonl"
         kept = self._cut(-1 if resume_step is None else resume_step)
+        self.losses = {r["step"]: r["loss"] for r in kept if r["kind"] == "train"}
         self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
         self.board = Board(run / "tensorboard", kept)
 

@@ -25,19 +25,17 @@ class TrainState(NamedTuple):
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct` leaves); allocates nothing."""
-    parameter_shardings = params.shardings(model.abstract, mesh)
+    weights = params.abstract_arrays(model.abstract, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    pure = nnx.to_pure_dict(nnx.split(model.abstract)[1])
-    moments = jax.eval_shape(optimizer.init, pure)
+    moments = jax.eval_shape(optimizer.init, weights)
     # Without this the moments would be replicated: optax's state does not know where its parameters live.
     moment_shardings = optax.tree_map_params(
-        optimizer, lambda _, s: s, moments, parameter_shardings, transform_non_params=lambda _: replicated
+        optimizer, lambda _, w: w.sharding, moments, weights, transform_non_params=lambda _: replicated
     )
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     return TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
-        jax.tree.map(place, pure, parameter_shardings),
-        jax.tree.map(place, moments, moment_shardings),
+        weights,
+        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moments, moment_shardings),
     )
 
 
