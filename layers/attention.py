@@ -66,6 +66,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: flo
     return jnp.einsum("bhst,bthk->bshk", weights.astype(v.dtype), v)
 
 
+def positions(length: int, slots: Slots | None) -> jax.Array:
+    """True positions [B or 1, S] of new tokens: from 0 without a cache."""
+    return jnp.arange(length)[None] if slots is None else slots.positions(length)
+
+
+def causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, cache: Cache | None, slots: Slots | None
+) -> tuple[jax.Array, Cache | None]:
+    """Attention of new positions, all [B, S, H, K], to themselves and to the cache; and the cache with them in it."""
+    length = q.shape[1]
+    if cache is None or slots is None:
+        return attend(q, k, v, causal_mask(length), scale), cache
+    cache = append(cache, k, v, slots)
+    return attend(q, *cache, slots.mask(length, cache.key.shape[1]), scale), cache
+
+
 def append(cache: Cache, k: jax.Array, v: jax.Array, slots: Slots) -> Cache:
     """The cache with new keys and values [B, S, H, K] written from slot ``slots.next`` on."""
     at = (0, slots.next, 0, 0)

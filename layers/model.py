@@ -1,42 +1,15 @@
-"""What the rest of the system asks of a model: an interface for its config and one for the module it builds.
-
-Training, inference and checkpoints take a model by these, never by name.
-"""
+"""What the rest of the system asks of a model: training, inference and checkpoints take one by this, never by name."""
 
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import jax
 from flax import nnx
 
 from layers import params
-from layers.attention import Cache, Slots
-from layers.region import Region
-
-
-class LanguageModel(Protocol):
-    """A decoder whose methods are per-shard mathematics, called inside the manual region."""
-
-    def hidden(
-        self,
-        tokens: jax.Array,
-        region: Region,
-        cache: Cache | None = None,
-        slots: Slots | None = None,
-        keep_layers: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """int32 [B, S] -> (residual stream after the last layer, cache or per-layer streams [L, ...])."""
-
-    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, region: Region) -> jax.Array:
-        """Residual stream -> weighted sum of ``-log p(target)`` over this device's rows, float32 scalar."""
-
-    def logits(self, x: jax.Array, region: Region) -> jax.Array:
-        """Residual stream -> float32 [B, S, V/tensor]."""
-
-    def final(self, x: jax.Array, region: Region) -> jax.Array:
-        """Residual stream after the final norm."""
+from layers.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +24,8 @@ class ModelConfig(abc.ABC):
     num_layers: int
 
     @abc.abstractmethod
-    def build(self, key: jax.Array) -> Any:
-        """A new `LanguageModel` (an nnx.Module), its weights a pure function of this config and ``key``."""
+    def build(self, key: jax.Array) -> Decoder:
+        """A new model, its weights a pure function of this config and ``key``."""
 
     @property
     @abc.abstractmethod
@@ -70,7 +43,7 @@ class ModelConfig(abc.ABC):
         """Heads times head width."""
 
     @functools.cached_property
-    def abstract(self) -> Any:
+    def abstract(self) -> Decoder:
         """The module with shapes instead of arrays; allocates nothing."""
         return jax.eval_shape(self.build, jax.random.key(0))
 

@@ -1,11 +1,11 @@
-"""Root-mean-square normalisation."""
+"""Normalisation of the residual stream, in float32 whatever the compute dtype."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from layers.params import param
+from layers.params import constant, param
 
 
 class RMSNorm(nnx.Module):
@@ -13,10 +13,26 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, key: jax.Array):
         self.eps = eps
-        self.scale = param(jax.nn.initializers.ones, key, (width,), ("norm",))
+        self.scale = param(constant(1.0), key, (width,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """``(x - mean) * rsqrt(variance + eps) * scale + bias`` in float32, then cast back to x's dtype."""
+
+    def __init__(self, width: int, eps: float, key: jax.Array):
+        self.eps = eps
+        self.scale = param(constant(1.0), key, (width,), ("norm",))
+        self.bias = param(constant(0.0), key, (width,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)

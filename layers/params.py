@@ -1,7 +1,12 @@
 """Parameters: shape, logical axes and initializer on one line, and the only reader of that metadata.
 
-A `Param` carries the logical axes of one layer's tensor. Where layers are stacked the array has one more leading
+A `Param` carries shape and logical axes of one layer's tensor. Where layers are stacked the array has one more leading
 dimension, whose logical axis is ``"layers"``.
+
+An MLP width need not be a multiple of the ``tensor`` degree (Crystal's is 10922 = 2 * 43 * 127, fact sheet 1.1). Its
+weights are then stored at their true shape, the other dimension spread over ``fsdp`` and ``tensor``, and change hands
+on their way into the layer, padded with zeros there: an all-to-all of the shard, which is small beside the gather over
+``fsdp``. The padding multiplies to zero and gets no gradient; state, checkpoints and digests never hold it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +15,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from parallel import axes as mesh_axes
-from parallel.axes import FSDP
-from parallel.collectives import gather_weight, vary
+from parallel.axes import FSDP, TENSOR
+from parallel.collectives import Exchange, Gather, axis_index, move_weight, vary
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
@@ -24,7 +30,12 @@ def param(init: Initializer, key: jax.Array, shape: Sequence[int], axes: Sequenc
     """A float32 parameter of ``shape`` with one logical axis per dimension."""
     if len(shape) != len(axes):
         raise ValueError(f"param: shape {tuple(shape)} and axes {tuple(axes)} differ in length")
-    return nnx.Param(init(key, tuple(shape), jnp.float32), axes=tuple(axes))
+    return nnx.Param(init(key, tuple(shape), jnp.float32), axes=tuple(axes), sizes=tuple(shape))
+
+
+def constant(value: float) -> Initializer:
+    """Initializer of a constant: 1 for norm gains, 0 for biases."""
+    return jax.nn.initializers.constant(value)
 
 
 def _axes(p: nnx.Variable) -> tuple[str, ...]:
@@ -39,13 +50,31 @@ def _is_param(x: Any) -> bool:
 
 def logical_axes(module: nnx.Module) -> dict[str, Any]:
     """Nested dict like the parameters, each leaf the logical axes of its dimensions."""
+    return _map(_axes, module)
+
+
+def stored_axes(p: nnx.Variable, degrees: Mapping[str, int]) -> tuple[str, ...]:
+    """The logical axes by which a parameter is stored on a mesh of these degrees (see the top of this file)."""
+    axes = _axes(p)
+    if _uneven(p, degrees[TENSOR]) is None:
+        return axes
+    return tuple({"mlp": "whole_mlp", "embed": "spread_embed"}.get(a, a) for a in axes)
+
+
+def _uneven(p: nnx.Variable, degree: int) -> int | None:
+    """Dimension, counted from the last (negative), that is an MLP width not divided by ``degree``."""
+    axes, sizes = p.get_metadata("axes"), p.get_metadata("sizes")
+    return next((d - len(axes) for d, name in enumerate(axes) if name == "mlp" and sizes[d] % degree), None)
+
+
+def _map(f: Callable[[nnx.Param], Any], module: nnx.Module) -> dict[str, Any]:
     _, state = nnx.split(module)
-    return jax.tree.map(_axes, nnx.to_pure_dict(state, extract_fn=lambda p: p), is_leaf=_is_param)
+    return jax.tree.map(f, nnx.to_pure_dict(state, extract_fn=lambda p: p), is_leaf=_is_param)
 
 
 def shardings(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
     """Nested dict like the parameters, each leaf its NamedSharding on ``mesh``."""
-    return jax.tree.map(lambda a: mesh_axes.sharding(mesh, *a), logical_axes(module), is_leaf=_is_axes)
+    return _map(lambda p: mesh_axes.sharding(mesh, *stored_axes(p, mesh.shape)), module)
 
 
 def specs(shardings: Any) -> Any:
@@ -57,11 +86,7 @@ def check_divides(module: nnx.Module, degrees: Mapping[str, int]) -> None:
     """Refuse a mesh that does not divide every parameter (UserError naming the tensor and the dimension)."""
     _, state = nnx.split(module)
     for path, p in nnx.to_flat_state(state):
-        mesh_axes.check_divides(degrees, ".".join(map(str, path)), p.shape, _axes(p))
-
-
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(a, str) for a in x)
+        mesh_axes.check_divides(degrees, ".".join(map(str, path)), p.shape, stored_axes(p, degrees))
 
 
 def gather(module: M, dtype: jnp.dtype) -> M:
@@ -76,9 +101,18 @@ def gather(module: M, dtype: jnp.dtype) -> M:
         logical = _axes(p)
         target = p.dtype if "norm" in logical else dtype
         value = vary(p[...])
-        sharded = [d for d, name in enumerate(logical) if FSDP in mesh_axes.mesh_axes_of(name)]
-        value = gather_weight(value, FSDP, sharded[0], target) if sharded else value.astype(target)
-        return p.replace(value)
+        embed = next((d for d, name in enumerate(logical) if FSDP in mesh_axes.mesh_axes_of(name)), None)
+        moves: list[Exchange | Gather] = [] if embed is None else [Gather(FSDP, embed)]
+        if (uneven := _uneven(p, degree := lax.axis_size(TENSOR))) is not None:
+            dim = value.ndim + uneven
+            width = value.shape[dim]
+            part = -(-width // degree)
+            value = jnp.pad(value, [(0, part * degree - width if d == dim else 0) for d in range(value.ndim)])
+            if embed is None:
+                value = lax.dynamic_slice_in_dim(value, axis_index(TENSOR) * part, part, dim)
+            else:
+                moves.insert(0, Exchange(TENSOR, embed, dim))
+        return p.replace(move_weight(value, tuple(moves), target) if moves else value.astype(target))
 
     return jax.tree.map(ready, module, is_leaf=_is_param)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from errors import UserError
 from layers import params
 from parallel.axes import BATCH_AXES, TENSOR
-from parallel.collectives import all_gather, psum, psum_scatter, vary
+from parallel.collectives import all_gather, axis_index, psum, psum_scatter, vary
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -69,9 +69,13 @@ class Region:
         """Residual stream -> whole rows, input of a column-parallel matrix. [B, S/tensor, D] -> [B, S, D]."""
         return all_gather(x, TENSOR, 1) if self.sequence_sharded else vary(x, (TENSOR,))
 
-    def leave(self, y: jax.Array) -> jax.Array:
-        """Partial sums of a row-parallel matrix -> residual stream. [B, S, D] -> [B, S/tensor, D]."""
-        return psum_scatter(vary(y, (TENSOR,)), TENSOR, 1) if self.sequence_sharded else psum(y, TENSOR)
+    def leave(self, y: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """Partial sums of a row-parallel matrix -> residual stream, plus a bias [D]. [B, S, D] -> [B, S/tensor, D]."""
+        if self.sequence_sharded:
+            y = psum_scatter(vary(y, (TENSOR,)), TENSOR, 1)
+            return y if bias is None else y + bias
+        # Added to one of the parts: added to their sum, a bias that varies in type would make the stream vary too.
+        return psum(y if bias is None else y + jnp.where(axis_index(TENSOR) == 0, bias, 0), TENSOR)
 
     def residual(self, x: jax.Array) -> jax.Array:
         """Give the residual stream the varying type that it keeps through the layers."""

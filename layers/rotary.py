@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split form (LLaMA)."""
+"""Rotary position embedding: half-split over a whole head (LLaMA), or interleaved over its first dimensions (GPT-J)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def angles(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, ja
     Args:
         positions: [B or 1, S] integers.
         width: number of head dimensions that rotate; even.
-        base: 10000 in LLaMA (fact sheet 1.2).
+        base: 10000 in both models (fact sheet 1.1).
 
     Returns:
         Two float32 arrays [B or 1, S, 1, width/2], to be used for all heads.
@@ -24,3 +24,21 @@ def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate pairs (x[i], x[i + width/2]) of the last dimension. [B, S, H, K] -> same, computed in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate neighbours (x[2i], x[2i + 1]) of the first dimensions of a head; the rest passes (fact sheet 1.6).
+
+    Args:
+        x: [B, S, H, K].
+        cos: [B or 1, S, 1, width/2] with width <= K.
+        sin: the same.
+
+    Returns:
+        [B, S, H, K] in x's dtype, computed in float32.
+    """
+    width = 2 * cos.shape[-1]
+    turning = x[..., :width].astype(jnp.float32)
+    a, b = turning[..., 0::2], turning[..., 1::2]
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)

@@ -3,6 +3,8 @@
 No device ever holds logits over the whole vocabulary while training (design section 7).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,10 +17,17 @@ from parallel.collectives import axis_index, pmax, psum
 
 
 class Embedding(nnx.Module):
-    """Token table [V, D]. Row ``padding_id`` starts at zero and gets no gradient, as in torch (fact sheet 1.4)."""
+    """Token table [V, D], and how it is used at both ends of a model.
 
-    def __init__(self, vocab: int, embed: int, init: Initializer, key: jax.Array, padding_id: int | None):
+    Row ``padding_id`` starts at zero and gets no gradient, as in torch (fact sheet 1.4). ``multiplier`` scales what is
+    looked up (muP, fact sheet 1.6).
+    """
+
+    def __init__(
+        self, vocab: int, embed: int, init: Initializer, key: jax.Array, padding_id: int | None, multiplier: float
+    ):
         self.padding_id = padding_id
+        self.multiplier = multiplier
         self.table = param(init, key, (vocab, embed), ("vocab", "embed"))
         if padding_id is not None:
             self.table[...] = self.table[...].at[padding_id].set(0.0)
@@ -30,7 +39,8 @@ class Embedding(nnx.Module):
         x = jnp.where(here[..., None], table[local], 0)
         if self.padding_id is not None:
             x = jnp.where((tokens == self.padding_id)[..., None], lax.stop_gradient(x), x)
-        return region.residual(region.leave(x))
+        x = region.residual(region.leave(x))
+        return x if self.multiplier == 1 else x * self.multiplier
 
 
 class Head(nnx.Module):
@@ -44,11 +54,25 @@ class Head(nnx.Module):
         return jnp.einsum("bsd,dv->bsv", x, self.kernel[...], preferred_element_type=jnp.float32)
 
 
-def cross_entropy(head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array, chunks: int) -> jax.Array:
+class TiedHead(nnx.Module):
+    """Output projection by the embedding table, without parameters of its own; ``multiplier`` scales the logits."""
+
+    def __init__(self, multiplier: float):
+        self.multiplier = multiplier
+
+    def __call__(self, x: jax.Array, embedding: Embedding) -> jax.Array:
+        """[B, S, D] -> this device's part of the logits, float32 [B, S, V/tensor]."""
+        logits = jnp.einsum("bsd,vd->bsv", x, embedding.table[...], preferred_element_type=jnp.float32)
+        return logits * self.multiplier
+
+
+def cross_entropy(
+    head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, weights: jax.Array, chunks: int
+) -> jax.Array:
     """Weighted sum of ``-log p(target)`` over rows and positions, float32 scalar, equal on all of ``tensor``.
 
     Args:
-        head: gives [B, S, V/tensor] logits.
+        head: [B, S, D] -> [B, S, V/tensor] logits.
         x: [B, S, D], whole rows.
         targets: int32 [B, S].
         weights: float32 [B, S].

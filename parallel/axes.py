@@ -35,6 +35,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "embed": FSDP,
     "head_dim": None,
     "norm": None,  # norm gains: replicated, and kept in float32 when matrices are cast to the compute dtype
+    # the same weights where ``tensor`` does not divide the MLP's width: see `layers.params.stored_axes`
+    "whole_mlp": None,
+    "spread_embed": (FSDP, TENSOR),
 }
 
 

@@ -6,6 +6,7 @@ all-reduce as a real operation). Call them only inside `jax.shard_map` over all 
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,22 +55,53 @@ def axis_index(axis: str) -> jax.Array | int:
     return lax.axis_index(axis) if lax.axis_size(axis) > 1 else 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather_weight(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> jax.Array:
-    """A weight made whole along ``dim`` for use: cast to ``dtype``, then gathered, so that the cheap bytes travel.
+class Gather(NamedTuple):
+    """A move of a weight: make dimension ``dim`` whole over a mesh axis."""
+
+    axis: str
+    dim: int
+
+
+class Exchange(NamedTuple):
+    """A move of a weight that is split along ``dim`` over a mesh axis: split it along ``onto`` instead."""
+
+    axis: str
+    dim: int
+    onto: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def move_weight(shard: jax.Array, moves: tuple[Gather | Exchange, ...], dtype: jnp.dtype) -> jax.Array:
+    """A weight brought to where it is used: cast to ``dtype``, then moved, so that the cheap bytes travel.
 
     The gradient goes the other way in the *master* dtype: cast up, then reduce-scattered, so that summing over many
     devices does not round to bfloat16 (design section 8: reductions in float32).
     """
-    return all_gather(shard.astype(dtype), axis, dim)
+    x = shard.astype(dtype)
+    for move in moves:
+        if isinstance(move, Gather):
+            x = all_gather(x, move.axis, move.dim)
+        else:
+            x = lax.all_to_all(x, move.axis, split_axis=move.onto, concat_axis=move.dim, tiled=True)
+    return x
 
 
-def _gather_weight_forward(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    return gather_weight(shard, axis, dim, dtype), jnp.zeros((0,), shard.dtype)
+def _move_weight_forward(
+    shard: jax.Array, moves: tuple[Gather | Exchange, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    return move_weight(shard, moves, dtype), jnp.zeros((0,), shard.dtype)
 
 
-def _gather_weight_backward(axis: str, dim: int, dtype: jnp.dtype, like: jax.Array, ct: jax.Array) -> tuple[jax.Array]:
-    return (psum_scatter(ct.astype(like.dtype), axis, dim),)
+def _move_weight_backward(
+    moves: tuple[Gather | Exchange, ...], dtype: jnp.dtype, like: jax.Array, ct: jax.Array
+) -> tuple[jax.Array]:
+    ct = ct.astype(like.dtype)
+    for move in reversed(moves):
+        if isinstance(move, Gather):
+            ct = psum_scatter(ct, move.axis, move.dim)
+        else:
+            ct = lax.all_to_all(ct, move.axis, split_axis=move.dim, concat_axis=move.onto, tiled=True)
+    return (ct,)
 
 
-gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
+move_weight.defvjp(_move_weight_forward, _move_weight_backward)

@@ -1,0 +1,72 @@
+"""A whole language model, assembled from its parts: the same for both families, which differ in the parts."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from layers import stack, vocabulary
+from layers.attention import Cache, Slots
+from layers.region import Region
+from layers.vocabulary import Embedding, Head, TiedHead
+
+
+class Decoder(nnx.Module):
+    """Embedding, a stack of blocks, a norm and a head; methods are per-shard mathematics, for the manual region."""
+
+    def __init__(self, embedding: Embedding, layers: nnx.Module, norm: nnx.Module, head: Head | TiedHead):
+        """``layers`` is a stack (`layers.stack`) of blocks ``(x, region, cache, slots) -> (x, cache)``."""
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+
+    def embed(self, tokens: jax.Array, region: Region) -> jax.Array:
+        """int32 [B, S] -> residual stream."""
+        return region.use(self.embedding)(tokens, region)
+
+    def blocks(
+        self,
+        x: jax.Array,
+        region: Region,
+        cache: Cache | None = None,
+        slots: Slots | None = None,
+        keep_layers: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """Residual stream -> (residual stream after the last layer, cache or per-layer streams [L, ...])."""
+
+        def block(layer: Any, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
+            x, cache = layer(x, region, cache, slots)
+            return x, x if keep_layers else cache
+
+        return stack.run(block, self.layers, x, region, cache)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        region: Region,
+        cache: Cache | None = None,
+        slots: Slots | None = None,
+        keep_layers: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """`embed`, then `blocks`."""
+        return self.blocks(self.embed(tokens, region), region, cache, slots, keep_layers)
+
+    def final(self, x: jax.Array, region: Region) -> jax.Array:
+        """Residual stream after the final norm."""
+        return region.use(self.norm)(x)  # type: ignore[operator]
+
+    def logits(self, x: jax.Array, region: Region) -> jax.Array:
+        """Residual stream -> float32 [B, S, V/tensor]."""
+        return self._head(region)(region.enter(self.final(x, region)))
+
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, region: Region) -> jax.Array:
+        """Residual stream -> weighted sum of ``-log p(target)`` over this device's rows, float32 scalar."""
+        whole = region.enter(self.final(x, region))
+        return vocabulary.cross_entropy(self._head(region), whole, targets, weights, region.loss_chunks)
+
+    def _head(self, region: Region) -> Any:
+        if isinstance(self.head, Head):
+            return region.use(self.head)
+        head, embedding = self.head, region.use(self.embedding)
+        return lambda x: head(x, embedding)
