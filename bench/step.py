@@ -29,7 +29,6 @@ from checkpoint.manifest import environment
 from data.batch import Batch
 from data.loader import Loader, SyntheticData
 from run import recipes
-from training import optimizer as optimizers
 from training.program import Program, planned_bytes
 from training.step import batch_sharding
 
@@ -93,7 +92,7 @@ def main():
     config = dataclasses.replace(config, data=dataclasses.replace(d, chunks=None, samples_per_chunk=None)).resolve(data)
     mesh = config.mesh.build(jax.devices()[:1])
     program = Program.plan(config, mesh).compile()
-    optimizer = optimizers.make_optimizer(config.optimizer, config.data.total_steps)
+    optimizer = config.optimizer.make(config.phase_steps)
 
     def plain_step(params, moments, batch):
         loss, gradients = jax.value_and_grad(plain_loss)(params, batch, config.model, config.execution.region.dtype)

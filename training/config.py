@@ -1,14 +1,16 @@
 """A whole run as one frozen, validated value: what a recipe returns and what ``RUN/config.json`` holds."""
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data.loader import TokenData
 from errors import UserError
@@ -17,11 +19,7 @@ from layers.model import ModelConfig
 from layers.region import Region
 from parallel.axes import BATCH_AXES, TENSOR
 from parallel.mesh import MeshConfig
-
-
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not least <= value < math.inf:
-        raise UserError(f"config: {name}={value} must be at least {least}, and finite")
+from training.optimizer import OptimizerConfig, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class DataConfig:
     sequence_length: int
     """Tokens per sequence that are predicted; samples hold one more."""
     chunks: int | None
-    """Chunks of the phase; None = as many as the prepared data has."""
+    """Chunks of the run; None = as many as the prepared data has."""
     samples_per_chunk: int | None
     """Sequences in a chunk; None = as in the prepared data."""
     validation_per_source: int
@@ -45,9 +43,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "sequence_length", "chunks", "samples_per_chunk"):
-            _at_least(f"data.{name}", getattr(self, name), 1)
+            at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("validation_per_source", "workers"):
-            _at_least(f"data.{name}", getattr(self, name), 0)
+            at_least(f"data.{name}", getattr(self, name), 0)
         if self.samples_per_chunk is not None and self.samples_per_chunk < self.global_batch:
             raise UserError(
                 f"config: data.global_batch={self.global_batch} is larger than a chunk of {self.samples_per_chunk} "
@@ -62,43 +60,41 @@ class DataConfig:
         return self.samples_per_chunk // self.global_batch
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        if self.chunks is None:
-            raise ValueError("chunks is not known before the config is resolved with its data")
-        return self.chunks * self.steps_per_chunk
-
-    @property
     def tokens_per_step(self) -> int:
         """Predicted tokens per step."""
         return self.global_batch * self.sequence_length
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW as in torch, linear warm-up and cosine decay (fact sheet 2.1)."""
+class PhaseConfig:
+    """A part of a run with its own data mixture and learning-rate schedule. Amber has one, Crystal three."""
 
-    peak_learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    """Steps from a learning rate of exactly 0 to the peak."""
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    """On every parameter, norms and embeddings included."""
-    clip_norm: float
-    """Largest global norm of the gradient."""
+    steps: int | None = None
+    """Updates; None = from ``chunks``, or, in the last phase, what the data has left."""
+    chunks: int | None = None
+    """Chunks of the prepared data that belong to it, in order."""
+    series_every_steps: int | None = None
+    """A series checkpoint after every so many steps of the phase, and after its last; None = after every chunk."""
+    mixture: tuple[tuple[str, float, float, float], ...] = ()
+    """(source, weight, from, to): its share, taken from this part of the source (0 to 1 = all of it)."""
 
     def __post_init__(self) -> None:
-        for name in ("peak_learning_rate", "final_learning_rate", "weight_decay", "warmup_steps"):
-            _at_least(f"optimizer.{name}", getattr(self, name), 0)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("eps", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be positive")
+        for name in ("steps", "chunks", "series_every_steps"):
+            at_least(f"phases.{name}", getattr(self, name), 1)
+        for source, weight, start, stop in self.mixture:
+            if not 0 < weight < math.inf or not 0 <= start < stop <= 1:
+                raise UserError(f"config: phases.mixture: {source}: weight {weight}, part {start} to {stop}")
+
+
+class Position(NamedTuple):
+    """Where in a run a series checkpoint lies."""
+
+    index: int
+    phase: int
+    step: int
+    """Updates done in the run."""
+    phase_step: int
+    """Updates done in the phase."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +113,7 @@ class ExecutionConfig:
     """Pieces along the sequence in which logits and loss are computed."""
 
     def __post_init__(self) -> None:
-        _at_least("execution.microbatches", self.microbatches, 1)
+        at_least("execution.microbatches", self.microbatches, 1)
         _ = self.region  # validates the rest
 
     @property
@@ -128,13 +124,13 @@ class ExecutionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesConfig:
-    """What is kept. A series checkpoint is written after every chunk, and one before the first step."""
+    """What is kept besides the series (`PhaseConfig.series_every_steps`), which has a checkpoint before the first step."""
 
     rolling_every_steps: int
     """Steps between checkpoints that are kept only to resume."""
 
     def __post_init__(self) -> None:
-        _at_least("series.rolling_every_steps", self.rolling_every_steps, 1)
+        at_least("series.rolling_every_steps", self.rolling_every_steps, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +141,11 @@ class RunConfig:
     """Name of the recipe it came from."""
     model: ModelConfig
     data: DataConfig
+    phases: tuple[PhaseConfig, ...]
+    """At least one, in order."""
     optimizer: OptimizerConfig
+    loss_over: Literal["targets", "positions"]
+    """The sum of the targets' losses is divided by their number, or by all positions of the batch, masked or not."""
     execution: ExecutionConfig
     series: SeriesConfig
     mesh: MeshConfig
@@ -172,6 +172,49 @@ class RunConfig:
         for name, seed in (("seed", self.seed), ("data.seed", d.seed)):
             if not 0 <= seed < 2**32:
                 raise UserError(f"config: {name}={seed} must be at least 0 and below 2**32")
+        if not self.phases:
+            raise UserError("config: phases: a run has at least one")
+        self.optimizer.schedule([1] * len(self.phases))  # refuses another number of phases
+        if any(p.steps is None and p.chunks is None for p in self.phases[:-1]):
+            raise UserError("config: phases: each but the last needs steps or chunks")
+        chunks = [p.chunks for p in self.phases]
+        if d.chunks is not None and None not in chunks and sum(chunks) != d.chunks:  # type: ignore[arg-type]
+            raise UserError(
+                f"config: the phases have {'+'.join(map(str, chunks))} chunks, and data.chunks is {d.chunks}; set "
+                "--phases.N.chunks to match"
+            )
+
+    @property
+    def phase_steps(self) -> tuple[int, ...]:
+        """Steps of each phase; with chunks or an open end only known once the config is resolved with its data."""
+        known = [p.chunks * self.data.steps_per_chunk if p.chunks else p.steps for p in self.phases]
+        if known[-1] is None:
+            if self.data.chunks is None:
+                raise ValueError("data.chunks is not known before the config is resolved with its data")
+            known[-1] = self.data.chunks * self.data.steps_per_chunk - sum(n or 0 for n in known[:-1])
+        return tuple(n or 0 for n in known)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return sum(self.phase_steps)
+
+    @functools.cached_property
+    def positions(self) -> tuple[Position, ...]:
+        """Every series checkpoint of the run in order, the one before the first step left out."""
+        found: list[Position] = []
+        start = 0
+        for phase, (config, steps) in enumerate(zip(self.phases, self.phase_steps, strict=True)):
+            every = config.series_every_steps or self.data.steps_per_chunk
+            for done in sorted({*range(every, steps + 1, every), steps}):
+                found.append(Position(len(found), phase, start + done, done))
+            start += steps
+        return tuple(found)
+
+    def phase_of(self, step: int) -> int:
+        """Phase that a 0-based step belongs to."""
+        ends = itertools.accumulate(self.phase_steps)
+        return next((p for p, end in enumerate(ends) if step < end), len(self.phases) - 1)
 
     def check_mesh(self, degrees: Mapping[str, int]) -> None:
         """Refuse a mesh that does not divide the model, the batch or the sequence (UserError), before any compile.
@@ -221,7 +264,13 @@ class RunConfig:
                     f"set --data.{field.replace('_', '-')} {there}"
                 )
         resolved = dataclasses.replace(self.data, chunks=data.chunks, samples_per_chunk=data.samples_per_chunk)
-        return dataclasses.replace(self, data=resolved)
+        config = dataclasses.replace(self, data=resolved)
+        if min(config.phase_steps) < 1:
+            raise UserError(
+                f"data: {data.chunks} chunks of {resolved.steps_per_chunk} steps leave no step for the last of "
+                f"{self.recipe}'s phases; prepare more, or set --phases.N.steps"
+            )
+        return config
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -232,24 +281,19 @@ class RunConfig:
         return result
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any], families: Mapping[str, type[ModelConfig]]) -> "RunConfig":
+    def from_dict(cls, value: Mapping[str, Any], families: "Mapping[str, Family]") -> "RunConfig":
         """Inverse of `to_dict`.
 
         Args:
             value: what `to_dict` returned.
-            families: model config class by family name.
+            families: family by name.
 
         Raises:
             UserError: unknown family, or unknown, missing or wrongly typed fields.
         """
-        if not isinstance(value, Mapping) or not isinstance(value.get("model"), Mapping):
-            raise UserError("config: not a mapping of fields with a model in it")
-        fields = dict(value)
-        model = dict(fields["model"])
-        family = model.pop("family", None)
-        if family not in families:
-            raise UserError(f"config: model family {family!r} is unknown; known: {', '.join(families)}")
-        fields["model"] = _build(families[family], model, "model")
+        model = model_from_dict(value, families)
+        fields = {**value, "model": model}
+        fields["optimizer"] = _build(families[model.family].optimizer, value.get("optimizer"), "config.optimizer")
         return _build(cls, fields, "config")
 
     @property
@@ -267,6 +311,24 @@ class RunConfig:
                 f"{where} belongs to another configuration ({other.recipe}):\n{lines}\n"
                 "give the run's own values, or another --run directory"
             )
+
+
+class Family(NamedTuple):
+    """The config classes of one architecture."""
+
+    model: type[ModelConfig]
+    optimizer: type[OptimizerConfig]
+
+
+def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:
+    """The model of a run's ``config.json``, also of one that holds nothing else (an imported run). Raises UserError."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("model"), Mapping):
+        raise UserError("config: not a mapping of fields with a model in it")
+    model = dict(value["model"])
+    family = model.pop("family", None)
+    if family not in families:
+        raise UserError(f"config: model family {family!r} is unknown; known: {', '.join(families)}")
+    return _build(families[family].model, model, "model")
 
 
 #: May change between a run's interruption and its resumption.
@@ -302,12 +364,25 @@ def _build(cls: Any, value: Any, where: str) -> Any:
     arguments = {}
     for name in names:
         item, hint = value[name], hints[name]
-        if dataclasses.is_dataclass(hint) and not isinstance(item, ModelConfig):
+        of = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+        if dataclasses.is_dataclass(hint) and not isinstance(item, (ModelConfig, OptimizerConfig)):
             item = _build(hint, item, f"{where}.{name}")
+        elif of and isinstance(item, (list, tuple)):
+            if dataclasses.is_dataclass(of):
+                item = tuple(_build(of, x, f"{where}.{name}.{n}") for n, x in enumerate(item))
+            else:
+                item = tuple(_tuple_of(x, of, f"{where}.{name}.{n}") for n, x in enumerate(item))
         elif not _fits(item, hint):
             raise UserError(f"config: {where}.{name} is {item!r}, which is not {hint}")
         arguments[name] = item
     return cls(**arguments)
+
+
+def _tuple_of(item: Any, hint: Any, where: str) -> tuple[Any, ...]:
+    hints = typing.get_args(hint)
+    if not isinstance(item, (list, tuple)) or len(item) != len(hints) or not all(map(_fits, item, hints)):
+        raise UserError(f"config: {where} is {item!r}, which is not {hint}")
+    return tuple(item)
 
 
 def _fits(item: Any, hint: Any) -> bool:

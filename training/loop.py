@@ -4,7 +4,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -18,14 +18,13 @@ from checkpoint.manifest import Manifest, checkpoint_name, code_version, environ
 from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader, TokenData
 from errors import RunError, UserError
-from layers.model import ModelConfig
 from training import step as steps
-from training.config import RunConfig
+from training.config import Family, RunConfig
 from training.metrics import Ledger, MetricsWriter, ProgressLine
 from training.program import Program
 from training.state import TrainState
 
-Families = dict[str, type[ModelConfig]]
+Families = Mapping[str, Family]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         config: the recipe; resolved here with the data.
         run: run directory; made if it is not there. The same call resumes.
         data: `data.loader.ChunkedData` or `SyntheticData`.
-        families: model config class by family name, to read ``config.json``.
+        families: config classes by family name, to read ``config.json``.
         stop_at: stop after this many updates in all, with a checkpoint to resume from.
 
     Raises:
@@ -78,7 +77,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         writer.clean()
         parent = Series(run).newest()
         begin = parent.manifest.step if parent else 0
-        end = min(config.data.total_steps, config.data.total_steps if stop_at is None else stop_at)
+        end = min(config.total_steps, config.total_steps if stop_at is None else stop_at)
         _check_continuation(parent, data, run, stop_at)
         if parent is None:
             _keep_tokenizer(data, run)
@@ -90,12 +89,12 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         ledger(
             "resume" if parent else "start", step=begin, mesh=dict(mesh.shape), parent=parent and parent.manifest.name
         )
-        per_chunk = config.data.steps_per_chunk
+        kept = {0, *(p.step for p in config.positions)}
         log = Log(program, metrics)
         save = Saver(program, data, writer, ledger, run)
         if parent is None:
             save(state, "series", log)
-        if begin % per_chunk == 0 and begin not in metrics.validated:
+        if begin in kept and begin not in metrics.validated:
             log.validation(begin, program.validate(state.params, data))
 
         done = begin
@@ -103,18 +102,18 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
             state, values = program.train_step(state, batch)
             log.step(done, values)
             done += 1
-            stopping, chunk_done = stop.requested, done % per_chunk == 0
-            if chunk_done:
+            stopping, keep = stop.requested, done in kept
+            if keep:
                 save(state, "series", log)
             elif stopping or done == end or done % config.series.rolling_every_steps == 0:
                 save(state, "rolling", log)
             if stopping:
                 break  # a validation that is missing now is made up for when the run goes on
-            if chunk_done:
+            if keep:
                 log.validation(done, program.validate(state.params, data))
         log.close()
         writer.wait()
-        finished = done == config.data.total_steps
+        finished = done == config.total_steps
         reason: Any = "finished" if finished else "interrupted" if done < end else "stopped"
         ledger("finish" if finished else "stop", step=done, reason=reason)
         return log.outcome(reason, done, begin if parent else None)
@@ -200,7 +199,7 @@ class Saver:
         parent = before[-1] if before else None
         since = parent.manifest.step if parent else 0
         batch = config.data.global_batch
-        index = step // per_chunk - 1
+        index = sum(p.step <= step for p in config.positions) - 1
         device = self.program.mesh.devices.flat[0]
         self.writer.save(
             kind,
@@ -211,7 +210,7 @@ class Saver:
                 index=index,
                 name=checkpoint_name(kind, index, step),
                 kind=kind,
-                phase=0,
+                phase=config.phase_of(step - 1) if step else 0,
                 step=step,
                 tokens=step * config.data.tokens_per_step,
                 chunk=(step - 1) // per_chunk if step else None,
@@ -237,7 +236,7 @@ class Log:
 
     def __init__(self, program: Program, metrics: MetricsWriter):
         self.program, self.metrics = program, metrics
-        self.progress = ProgressLine(program.config.data.total_steps)
+        self.progress = ProgressLine(program.config.total_steps)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = time.perf_counter()
         self.times: list[float] = []

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from data.batch import Batch
 from data.loader import TokenData
 from parallel import topology
-from training import optimizer as optimizers
 from training import state as states
 from training import step as steps
 from training.config import RunConfig
@@ -50,15 +49,16 @@ class Program:
             config: resolved with its data (`RunConfig.resolve`).
             mesh: over the devices to use; divides the model and the batch (`RunConfig.check_mesh`).
         """
-        total = config.data.total_steps
-        optimizer = optimizers.make_optimizer(config.optimizer, total)
-        learning_rate = optimizers.schedule(config.optimizer, total)
+        optimizer = config.optimizer.make(config.phase_steps)
+        learning_rate = config.optimizer.schedule(config.phase_steps)
         return cls(config, mesh, optimizer, learning_rate, states.abstract_state(config.model, optimizer, mesh))
 
     def compile(self) -> "Program":
         """This plan with its steps traced and compiled."""
         config, mesh, region = self.config, self.mesh, self.config.execution.region
-        train_step = steps.make_train_step(config.model, self.optimizer, self.learning_rate, region, mesh)
+        train_step = steps.make_train_step(
+            config.model, self.optimizer, self.learning_rate, region, mesh, config.loss_over
+        )
         start = time.perf_counter()
         compiled = train_step.lower(self.abstract, abstract_batch(config, mesh)).compile()
         return dataclasses.replace(

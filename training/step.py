@@ -5,7 +5,7 @@ it there is only the optimizer, elementwise on sharded arrays.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,19 +37,21 @@ def _loss_sum(model: Any, region: Region, inputs: jax.Array, targets: jax.Array,
 
 
 def make_loss_and_gradients(
-    model: ModelConfig, region: Region, mesh: Mesh
+    model: ModelConfig, region: Region, mesh: Mesh, loss_over: Literal["targets", "positions"] = "targets"
 ) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
-    """``(params, batch) -> (loss, gradients)``: mean of ``-log p`` over the weighted targets of the global batch.
+    """``(params, batch) -> (loss, gradients)``: sum of weighted ``-log p`` over the global batch, divided.
 
-    The batch is worked off microbatch by microbatch. The mean is over the whole batch, so how it is cut changes the
-    result only by rounding; gradients are summed in float32.
+    Divided by the sum of the weights (``targets``), or by the number of positions whatever their weights (fact sheet
+    2.2). The batch is worked off microbatch by microbatch; the divisor is that of the whole batch, so how it is cut
+    changes the result only by rounding. Gradients are summed in float32.
     """
     graphdef = model.graphdef()
     param_specs = params.specs(params.shardings(model.abstract, mesh))
     batch_spec = batch_sharding(mesh).spec
 
     def body(weights_in: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        count = psum(jnp.sum(batch.weights), BATCH_AXES)
+        counted = batch.weights if loss_over == "targets" else jnp.ones_like(batch.weights)
+        count = psum(jnp.sum(counted), BATCH_AXES)
         prepared, pull_back = jax.vjp(lambda p: region.prepare(nnx.merge(graphdef, p)), weights_in)
 
         def one(prepared: Any, part: Batch) -> jax.Array:
@@ -87,12 +89,13 @@ def make_train_step(
     learning_rate: optax.Schedule,
     region: Region,
     mesh: Mesh,
+    loss_over: Literal["targets", "positions"] = "targets",
 ) -> Any:
     """The jitted ``(state, batch) -> (state, metrics)``. The old state is donated.
 
     Metrics are float32 scalars: loss, grad_norm (true global norm, before clipping), learning_rate (of this update).
     """
-    loss_and_gradients = make_loss_and_gradients(model, region, mesh)
+    loss_and_gradients = make_loss_and_gradients(model, region, mesh, loss_over)
     where = shardings(abstract_state(model, optimizer, mesh))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

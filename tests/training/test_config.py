@@ -7,9 +7,10 @@ from amber_jax.recipes import amber_7b
 from data.loader import SyntheticData
 from errors import UserError
 from parallel.mesh import MeshConfig
-from training.config import RunConfig
+from training.config import Family, RunConfig
+from training.optimizer import AdamWConfig
 
-FAMILIES = {"amber": AmberConfig}
+FAMILIES = {"amber": Family(AmberConfig, AdamWConfig)}
 
 
 def with_data(config, **changes):
@@ -54,7 +55,7 @@ def synthetic(**changes):
 
 def test_resolves_what_the_recipe_leaves_open(tiny):
     resolved = tiny.resolve(synthetic())
-    assert resolved.data.total_steps == 3 * 10
+    assert resolved.total_steps == 3 * 10
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 
 from data.batch import Batch
 from parallel.mesh import MeshConfig
-from training.optimizer import make_optimizer, schedule
 from training.state import abstract_state, init_state, shardings
 from training.step import batch_sharding, make_eval_step, make_train_step
 
@@ -36,9 +35,9 @@ def batch_of(tokens, microbatches, mesh):
 
 def train(config, mesh, microbatches=1, **execution):
     region = dataclasses.replace(config.execution, **execution).region
-    optimizer = make_optimizer(config.optimizer, STEPS)
+    optimizer = config.optimizer.make((STEPS,))
     state = init_state(config.model, optimizer, mesh, config.seed)
-    step = make_train_step(config.model, optimizer, schedule(config.optimizer, STEPS), region, mesh)
+    step = make_train_step(config.model, optimizer, config.optimizer.schedule((STEPS,)), region, mesh)
     losses, norms = [], []
     for tokens in learnable(STEPS, config.data.global_batch, config.data.sequence_length, config.model.vocab_size):
         old = state
@@ -102,7 +101,7 @@ def test_bfloat16_stays_near_one_device(tiny, mesh_of):
 
 
 def test_initial_weights_do_not_depend_on_the_mesh(tiny, mesh_of):
-    optimizer = make_optimizer(tiny.optimizer, STEPS)
+    optimizer = tiny.optimizer.make((STEPS,))
     states = [init_state(tiny.model, optimizer, mesh_of(m), seed=3) for m in ["data=1", *MESHES]]
     for other in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, states[0].params, other.params)
@@ -112,7 +111,7 @@ def test_initial_weights_do_not_depend_on_the_mesh(tiny, mesh_of):
 
 def test_parameters_are_born_sharded(tiny, mesh_of):
     """No device ever holds the whole of a parameter that the rules shard."""
-    state = init_state(tiny.model, make_optimizer(tiny.optimizer, STEPS), mesh_of("fsdp=4,tensor=2"), seed=0)
+    state = init_state(tiny.model, tiny.optimizer.make((STEPS,)), mesh_of("fsdp=4,tensor=2"), seed=0)
     for tree in (state.params, *(x for x in state.optimizer[1] if hasattr(x, "mu"))):
         tree = getattr(tree, "mu", tree)
         wq = tree["layers"]["attention"]["wq"]
@@ -123,7 +122,7 @@ def test_parameters_are_born_sharded(tiny, mesh_of):
 def test_targets_of_weight_zero_do_not_count(tiny, mesh_of):
     mesh = mesh_of("data=2,tensor=2")
     tokens = learnable(1, 8, 32, 64)[0]
-    state = init_state(tiny.model, make_optimizer(tiny.optimizer, STEPS), mesh, seed=0)
+    state = init_state(tiny.model, tiny.optimizer.make((STEPS,)), mesh, seed=0)
     evaluate = make_eval_step(tiny.model, tiny.execution.region, mesh)
     batch = batch_of(tokens, 1, mesh)
     masked = batch._replace(weights=batch.weights.at[:, 4:].set(0.0))

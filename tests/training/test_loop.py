@@ -24,10 +24,12 @@ from errors import RunError, UserError
 from layers import params
 from parallel.mesh import MeshConfig
 from training import loop
+from training.config import Family
 from training.metrics import read_lines
+from training.optimizer import AdamWConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FAMILIES = {"amber": AmberConfig}
+FAMILIES = {"amber": Family(AmberConfig, AdamWConfig)}
 #: 3 chunks of 4 steps; rolling checkpoints at steps 3, 6, 9.
 DATA = SyntheticData(vocab_size=64, sequence_length=32, chunks=3, samples_per_chunk=35, seed=5)
 
