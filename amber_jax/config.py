@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 
 from errors import UserError
+from layers.decoder import Decoder
 from layers.model import ModelConfig
 
 
@@ -46,11 +47,11 @@ class AmberConfig(ModelConfig):
         if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
             raise UserError(f"model: padding_id={self.padding_id} is outside the vocabulary of {self.vocab_size}")
 
-    def build(self, key: jax.Array) -> Any:
-        """An `amber_jax.model.Amber`."""
-        from amber_jax.model import Amber  # the model imports this file for its type
+    def build(self, key: jax.Array) -> Decoder:
+        """See `ModelConfig.build`."""
+        from amber_jax.model import build  # the model imports this file for its type
 
-        return Amber(self, key)
+        return build(self, key)
 
     @property
     def cache_shape(self) -> tuple[int, int]:

@@ -1,121 +1,117 @@
-"""Names and shapes of Hugging Face's Llama beside ours (fact sheet 1.3); nothing is guessed.
+"""Amber as Hugging Face's Llama writes it (fact sheet 1.3): names, shapes and config. Nothing is guessed.
 
-Hugging Face keeps linear weights ``[out, in]`` per layer; ours are ``[in, ...]``, heads apart, layers stacked.
+Linear weights are ``[out, in]`` there; ours are ``[in, ...]``, heads apart, layers stacked.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from amber_jax import reference
 from amber_jax.config import AmberConfig
 from errors import UserError
-
-#: Ours, inside a layer -> Hugging Face's, inside ``model.layers.N.``.
-LAYER = {
-    "attention.wq": "self_attn.q_proj.weight",
-    "attention.wk": "self_attn.k_proj.weight",
-    "attention.wv": "self_attn.v_proj.weight",
-    "attention.wo": "self_attn.o_proj.weight",
-    "mlp.gate": "mlp.gate_proj.weight",
-    "mlp.up": "mlp.up_proj.weight",
-    "mlp.down": "mlp.down_proj.weight",
-    "attention_norm.scale": "input_layernorm.weight",
-    "mlp_norm.scale": "post_attention_layernorm.weight",
-}
-TOP = {
-    "embedding.table": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "head.kernel": "lm_head.weight",
-}
-#: Buffers that old exports hold and that are computed, not learned.
-DROPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+from huggingface.mapping import Format, Mapped, number, require
 
 
 def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
-    """AmberConfig of a Hugging Face ``config.json``.
-
-    Raises:
-        UserError: the config is of another architecture.
-    """
-    if config.get("model_type") != "llama":
-        raise UserError(f"convert: model_type is {config.get('model_type')!r}, expected 'llama'")
-    heads = config["num_attention_heads"]
-    if config.get("num_key_value_heads", heads) != heads:
-        raise UserError("convert: grouped key/value heads (num_key_value_heads) are not part of Amber's architecture")
-    width = config["hidden_size"] // heads
-    expected = {
-        "hidden_act": "silu",
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "head_dim": width,
+    """See `Format.config_from_hf`."""
+    require(config, {"model_type": ("llama", None)}, "Amber")
+    embed, heads = number(config, "hidden_size", int), number(config, "num_attention_heads", int)
+    if embed % heads:
+        raise UserError(f"config.json: hidden_size {embed} is not a multiple of num_attention_heads {heads}")
+    # transformers 5 writes the rotary base into a dict and leaves rope_theta out.
+    rope = config.get("rope_parameters") or {}
+    fixed = {
+        "num_key_value_heads": (heads, heads),  # no grouped heads
+        "hidden_act": ("silu", "silu"),
+        "rope_scaling": (None, None),
+        "attention_bias": (False, False),
+        "mlp_bias": (False, False),
+        "tie_word_embeddings": (False, False),
+        "head_dim": (embed // heads, embed // heads),
     }
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise UserError(f"convert: {name} is {config[name]!r}, and Amber's architecture has {value!r}")
+    require(config, fixed, "Amber")
+    require(rope, {"rope_type": ("default", "default")}, "Amber")
+    padding = config.get("pad_token_id")
     return AmberConfig(
-        vocab_size=config["vocab_size"],
-        context_length=config["max_position_embeddings"],
-        num_layers=config["num_hidden_layers"],
-        embed=config["hidden_size"],
+        vocab_size=number(config, "vocab_size", int),
+        context_length=number(config, "max_position_embeddings", int),
+        num_layers=number(config, "num_hidden_layers", int),
+        embed=embed,
         num_heads=heads,
-        head_dim=width,
-        mlp=config["intermediate_size"],
-        norm_eps=config["rms_norm_eps"],
-        rope_base=config.get("rope_theta", 10000.0),
-        init_std=config["initializer_range"],
-        padding_id=config.get("pad_token_id"),
+        head_dim=embed // heads,
+        mlp=number(config, "intermediate_size", int),
+        norm_eps=number(config, "rms_norm_eps", float),
+        rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        init_std=number(config, "initializer_range", float),
+        padding_id=None if padding == -1 else padding,  # early Llama configs write -1 for none
     )
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], config: AmberConfig) -> dict[str, Any]:
-    """Our parameters (nested dict of float32 arrays) from Hugging Face's.
-
-    Raises:
-        UserError: a tensor is missing, unknown, or has another shape; named, with what was expected.
-    """
-    left = {name: t for name, t in tensors.items() if not DROPPED.fullmatch(name)}
-
-    def take(name: str, *shape: int) -> np.ndarray:
-        if name not in left:
-            raise UserError(f"convert: tensor {name!r} is missing")
-        tensor = left.pop(name)
-        if tensor.shape != shape:
-            raise UserError(f"convert: tensor {name!r} has shape {tensor.shape}, expected {shape}")
-        return tensor.astype(np.float32)
-
-    c, width = config, config.attention_width
-    result: dict[str, Any] = {}
-
-    def put(ours: str, value: np.ndarray) -> None:
-        *path, leaf = ours.split(".")
-        node = result
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-
-    put("embedding.table", take(TOP["embedding.table"], c.vocab_size, c.embed))
-    put("norm.scale", take(TOP["norm.scale"], c.embed))
-    put("head.kernel", take(TOP["head.kernel"], c.vocab_size, c.embed).T)
-    shapes = {
-        "attention.wo": (c.embed, width),
-        "mlp.gate": (c.mlp, c.embed),
-        "mlp.up": (c.mlp, c.embed),
-        "mlp.down": (c.embed, c.mlp),
-        "attention_norm.scale": (c.embed,),
-        "mlp_norm.scale": (c.embed,),
+def config_to_hf(config: AmberConfig) -> dict[str, Any]:
+    """See `Format.config_to_hf`."""
+    if config.num_heads * config.head_dim != config.embed:
+        raise UserError(
+            f"export: {config.num_heads} heads of {config.head_dim} are not embed={config.embed} wide, and Llama's "
+            "config cannot say that"
+        )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context_length,
+        "max_sequence_length": config.context_length,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_base,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "pad_token_id": config.padding_id,
+        "use_cache": True,
     }
-    for ours, theirs in LAYER.items():
-        rows = [take(f"model.layers.{n}.{theirs}", *shapes.get(ours, (width, c.embed))).T for n in range(c.num_layers)]
-        stacked = np.stack(rows)
-        if ours == "attention.wo":
-            stacked = stacked.reshape(c.num_layers, c.num_heads, c.head_dim, c.embed)
-        elif ours.startswith("attention.w"):
-            stacked = stacked.reshape(c.num_layers, c.embed, c.num_heads, c.head_dim)
-        put(f"layers.{ours}", stacked)
-    if left:
-        raise UserError(f"convert: unknown tensors {sorted(left)[:5]}; this is not a plain Llama")
-    return result
+
+
+def tensors(config: AmberConfig) -> tuple[Mapped, ...]:
+    """See `Format.tensors`."""
+    c, width = config, config.attention_width
+    heads, embed, inner = (c.num_heads, c.head_dim), (c.embed,), (c.mlp,)
+    layer = [  # theirs, its shape, ours, shape of ours
+        ("input_layernorm", embed, "attention_norm.scale", embed),
+        ("self_attn.q_proj", (width, c.embed), "attention.wq", embed + heads),
+        ("self_attn.k_proj", (width, c.embed), "attention.wk", embed + heads),
+        ("self_attn.v_proj", (width, c.embed), "attention.wv", embed + heads),
+        ("self_attn.o_proj", (c.embed, width), "attention.wo", heads + embed),
+        ("post_attention_layernorm", embed, "mlp_norm.scale", embed),
+        ("mlp.gate_proj", (c.mlp, c.embed), "mlp.gate", embed + inner),
+        ("mlp.up_proj", (c.mlp, c.embed), "mlp.up", embed + inner),
+        ("mlp.down_proj", (c.embed, c.mlp), "mlp.down", inner + embed),
+    ]
+    vocabulary = (c.vocab_size, c.embed)
+    return (
+        Mapped("model.embed_tokens.weight", vocabulary, ("embedding.table",), vocabulary),
+        *(
+            Mapped(f"model.layers.{n}.{theirs}.weight", shape, (f"layers.{ours}",), part, n, transposed=len(shape) == 2)
+            for n in range(c.num_layers)
+            for theirs, shape, ours, part in layer
+        ),
+        Mapped("model.norm.weight", embed, ("norm.scale",), embed),
+        Mapped("lm_head.weight", vocabulary, ("head.kernel",), vocabulary[::-1], transposed=True),
+    )
+
+
+FORMAT = Format(
+    AmberConfig,
+    config_from_hf,
+    config_to_hf,
+    tensors,
+    dropped=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    tied={},
+    reference=reference.logits,
+)

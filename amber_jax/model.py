@@ -1,7 +1,5 @@
 """Amber's forward pass (fact sheet 1.2): parameters and per-shard mathematics, to be run inside the manual region."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +7,7 @@ from flax import nnx
 from amber_jax.config import AmberConfig
 from layers import attention, rotary, stack, vocabulary
 from layers.attention import Cache, Slots
+from layers.decoder import Decoder
 from layers.mlp import SwiGLU
 from layers.norms import RMSNorm
 from layers.params import param
@@ -34,15 +33,10 @@ class Attention(nnx.Module):
         """Residual-stream shape in and out, and the cache with this call's keys and values."""
         x = region.enter(x)  # [B, S, D]
         q, k, v = (jnp.einsum("bsd,dhk->bshk", x, w[...]) for w in (self.wq, self.wk, self.wv))
-        length, width = q.shape[1], q.shape[3]
-        positions = jnp.arange(length)[None] if slots is None else slots.positions(length)
-        cos, sin = rotary.angles(positions, width, self.rope_base)
+        width = q.shape[3]
+        cos, sin = rotary.angles(attention.positions(q.shape[1], slots), width, self.rope_base)
         q, k = rotary.rotate_half(q, cos, sin), rotary.rotate_half(k, cos, sin)
-        if cache is None or slots is None:
-            out = attention.attend(q, k, v, attention.causal_mask(length), width**-0.5)
-        else:
-            cache = attention.append(cache, k, v, slots)
-            out = attention.attend(q, *cache, slots.mask(length, cache.key.shape[1]), width**-0.5)
+        out, cache = attention.causal(q, k, v, width**-0.5, cache, slots)
         return region.leave(jnp.einsum("bshk,hkd->bsd", out, self.wo[...])), cache
 
 
@@ -65,43 +59,13 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x), region), cache
 
 
-class Amber(nnx.Module):
-    """The whole model; implements `layers.model.LanguageModel`."""
-
-    def __init__(self, config: AmberConfig, key: jax.Array):
-        init = jax.nn.initializers.normal(config.init_std)
-        embedding, layers, norm, head = jax.random.split(key, 4)
-        self.embedding = vocabulary.Embedding(config.vocab_size, config.embed, init, embedding, config.padding_id)
-        self.layers = stack.stack(lambda k: Block(config, k), config.num_layers, layers)
-        self.norm = RMSNorm(config.embed, config.norm_eps, norm)
-        self.head = vocabulary.Head(config.embed, config.vocab_size, init, head)
-
-    def hidden(
-        self,
-        tokens: jax.Array,
-        region: Region,
-        cache: Cache | None = None,
-        slots: Slots | None = None,
-        keep_layers: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """See `layers.model.LanguageModel`."""
-        x = region.use(self.embedding)(tokens, region)
-
-        def block(layer: Block, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
-            x, cache = layer(x, region, cache, slots)
-            return x, x if keep_layers else cache
-
-        return stack.run(block, self.layers, x, region, cache)
-
-    def final(self, x: jax.Array, region: Region) -> jax.Array:
-        """See `layers.model.LanguageModel`."""
-        return region.use(self.norm)(x)
-
-    def logits(self, x: jax.Array, region: Region) -> jax.Array:
-        """See `layers.model.LanguageModel`."""
-        return region.use(self.head)(region.enter(self.final(x, region)))
-
-    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, region: Region) -> jax.Array:
-        """See `layers.model.LanguageModel`."""
-        whole = region.enter(self.final(x, region))
-        return vocabulary.cross_entropy(region.use(self.head), whole, targets, weights, region.loss_chunks)
+def build(config: AmberConfig, key: jax.Array) -> Decoder:
+    """The whole model, its weights a pure function of config and key."""
+    init = jax.nn.initializers.normal(config.init_std)
+    embedding, layers, norm, head = jax.random.split(key, 4)
+    return Decoder(
+        vocabulary.Embedding(config.vocab_size, config.embed, init, embedding, config.padding_id, multiplier=1.0),
+        stack.stack(lambda k: Block(config, k), config.num_layers, layers),
+        RMSNorm(config.embed, config.norm_eps, norm),
+        vocabulary.Head(config.embed, config.vocab_size, init, head),
+    )

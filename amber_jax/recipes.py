@@ -2,7 +2,8 @@
 
 from amber_jax.config import AmberConfig
 from parallel.mesh import MeshConfig
-from training.config import DataConfig, ExecutionConfig, OptimizerConfig, RunConfig, SeriesConfig
+from training.config import DataConfig, ExecutionConfig, PhaseConfig, RunConfig, SeriesConfig
+from training.optimizer import AdamWConfig
 
 
 def amber_7b() -> RunConfig:
@@ -31,7 +32,8 @@ def amber_7b() -> RunConfig:
             seed=11111,
             workers=4,
         ),
-        optimizer=OptimizerConfig(  # fact sheet 2.1
+        phases=(PhaseConfig(),),  # one; a checkpoint after every chunk
+        optimizer=AdamWConfig(  # fact sheet 2.1
             peak_learning_rate=3e-4,
             final_learning_rate=3e-5,
             warmup_steps=2000,
@@ -41,6 +43,7 @@ def amber_7b() -> RunConfig:
             weight_decay=0.1,
             clip_norm=1.0,
         ),
+        loss_over="targets",
         execution=ExecutionConfig(  # bf16 compute, float32 master weights, activation checkpointing per layer
             compute_dtype="bfloat16", microbatches=1, gather="layer", remat="full", loss_chunks=8
         ),
@@ -79,7 +82,8 @@ def amber_tiny() -> RunConfig:
             validation_per_source=16,
             seed=11111,
         ),
-        optimizer=OptimizerConfig(
+        phases=(PhaseConfig(),),  # one; a checkpoint after every chunk
+        optimizer=AdamWConfig(
             peak_learning_rate=2e-3,
             final_learning_rate=2e-4,
             warmup_steps=30,
@@ -89,6 +93,7 @@ def amber_tiny() -> RunConfig:
             weight_decay=0.1,
             clip_norm=1.0,
         ),
+        loss_over="targets",
         execution=ExecutionConfig(compute_dtype="float32", microbatches=1, gather="layer", remat="none", loss_chunks=1),
         series=SeriesConfig(rolling_every_steps=20),
         mesh=MeshConfig(data=-1),

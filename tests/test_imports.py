@@ -16,7 +16,8 @@ ROWS = [
     {"parallel", "data", "checkpoint"},
     {"layers"},
     {"training", "inference"},
-    {"amber_jax"},
+    {"huggingface"},
+    {"amber_jax", "crystal_jax"},
     {"run", "demo"},
 ]
 #: Inside one row, besides the rule: the demo is a verb of the command line and asks it for its recipes.

@@ -1,0 +1,121 @@
+"""How tensors of a Hugging Face folder and ours hold the same numbers: one table per architecture, used both ways."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from errors import UserError
+from layers.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """One tensor of theirs, and the part of ours with the same numbers."""
+
+    theirs: str
+    shape: tuple[int, ...]
+    """Theirs."""
+    ours: tuple[str, ...]
+    """One, or several that lie side by side in theirs, along its output dimension."""
+    part: tuple[int, ...]
+    """Shape of (one layer of) each of ours."""
+    layer: int | None = None
+    """Index in ours, whose layers are stacked; None where they are not."""
+    transposed: bool = False
+    """Theirs is [out, in]; ours is always [in, out], with heads apart."""
+
+    def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """Each of ours, as views of theirs where that can be."""
+        tensor = tensor.T if self.transposed else tensor
+        return [x.reshape(self.part) for x in np.split(tensor, len(self.ours), axis=-1)]
+
+    def to_theirs(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Inverse of `to_ours`."""
+        rows = self.shape[::-1][:-1] if self.transposed else self.shape[:-1]
+        flat = [x.reshape(*rows, -1) for x in parts]
+        tensor = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
+        return tensor.T if self.transposed else tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one architecture is written in Hugging Face folders."""
+
+    model: type[ModelConfig]
+    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    """Of a ``config.json``. Raises UserError where it is of another architecture."""
+    config_to_hf: Callable[[Any], dict[str, Any]]
+    """Inverse, as transformers writes it, without what depends on the export (dtype, token ids)."""
+    tensors: Callable[[Any], tuple[Mapped, ...]]
+    """Every tensor of a model, layer by layer, the embedding first."""
+    dropped: re.Pattern[str]
+    """Names of buffers that old exports hold and that are computed, not learned."""
+    tied: Mapping[str, str]
+    """Optional tensor that must equal another one bit for bit -> that other one."""
+    reference: Callable[[Mapping[str, Any], Callable[[str], np.ndarray], np.ndarray], np.ndarray]
+    """``(config.json, read a tensor, int tokens [B, S]) -> float32 logits [B, S, V]`` in NumPy, from their names."""
+
+    def check_names(self, table: Iterable[Mapped], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that are missing, unknown or of another shape (UserError naming them, and what was expected).
+
+        Args:
+            table: what `tensors` gives for the model.
+            shapes: of all tensors that are there, by their name.
+        """
+        expected = {t.theirs: t.shape for t in table}
+        optional = {name: expected[like] for name, like in self.tied.items()}
+        problems = [f"{name!r} is missing, expected {list(s)}" for name, s in expected.items() if name not in shapes]
+        for name, shape in shapes.items():
+            wanted = expected.get(name, optional.get(name))
+            if wanted is not None and tuple(shape) != wanted:
+                problems.append(f"{name!r} has shape {list(shape)}, expected {list(wanted)}")
+            elif wanted is None and not self.dropped.fullmatch(name):
+                problems.append(f"{name!r} {list(shape)} is unknown to this architecture")
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise UserError(f"tensors do not fit the {self.model.family} config: {'; '.join(problems[:5])}{more}")
+
+    def collect(self, config: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """All our parameters as a nested dict of float32 arrays, in memory: for small models and gradients.
+
+        Raises:
+            UserError: as `check_names`.
+        """
+        table = self.tensors(config)
+        self.check_names(table, {name: t.shape for name, t in tensors.items()})
+        found: dict[str, Any] = {}
+        for row in table:
+            for name, value in zip(row.ours, row.to_ours(tensors[row.theirs]), strict=True):
+                found.setdefault(name, []).append(value.astype(np.float32))
+        result: dict[str, Any] = {}
+        for name, values in found.items():
+            *path, leaf = name.split(".")
+            node = result
+            for part in path:
+                node = node.setdefault(part, {})
+            node[leaf] = np.stack(values) if name.startswith("layers.") else values[0]
+        return result
+
+
+def require(config: Mapping[str, Any], fixed: Mapping[str, Any], what: str) -> None:
+    """Refuse a ``config.json`` in which a field has another value than the architecture's (UserError).
+
+    Args:
+        config: its content.
+        fixed: field -> (the architecture's value, what an absent field means).
+        what: name of the architecture in the message.
+    """
+    for name, (value, absent) in fixed.items():
+        if (found := config.get(name, absent)) != value:
+            raise UserError(f"config.json: {name} is {found!r}, and {what} has {value!r}")
+
+
+def number(config: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field that must be there (UserError): a positive int, or a float."""
+    value = config.get(name)
+    if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"config.json: {name} is {value!r}, expected a positive {kind.__name__}")
+    return kind(value)
