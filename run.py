@@ -30,15 +30,31 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 def recipes() -> dict[str, Callable[[], RunConfig]]:
     """Recipe by name."""
     from amber_jax.recipes import amber_7b, amber_tiny
+    from crystal_jax.recipes import crystal_7b, crystal_tiny
 
-    return {"amber_7b": amber_7b, "amber_tiny": amber_tiny}
+    return {"amber_7b": amber_7b, "amber_tiny": amber_tiny, "crystal_7b": crystal_7b, "crystal_tiny": crystal_tiny}
 
 
 def families() -> dict[str, Any]:
-    """Model config class by family name, to read a run's ``config.json``."""
+    """Config classes by family name, to read a run's ``config.json``."""
     from amber_jax.config import AmberConfig
+    from crystal_jax.config import CrystalConfig
+    from crystal_jax.optimizer import MupAdamWConfig
+    from training.config import Family
+    from training.optimizer import AdamWConfig
 
-    return {AmberConfig.family: AmberConfig}
+    return {
+        AmberConfig.family: Family(AmberConfig, AdamWConfig),
+        CrystalConfig.family: Family(CrystalConfig, MupAdamWConfig),
+    }
+
+
+def formats() -> dict[str, Any]:
+    """How models are written in Hugging Face folders, by the ``model_type`` of those."""
+    from amber_jax import convert as amber
+    from crystal_jax import convert as crystal
+
+    return {"llama": amber.FORMAT, "crystalcoder": crystal.FORMAT}
 
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -148,6 +164,43 @@ class Generate:
     where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
     json: Json = False
     """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Add a Hugging Face folder (Llama or CrystalCoder) to the series of a run, with a proof that nothing changed."""
+
+    hf_dir: tyro.conf.Positional[Path]
+    """Folder with config.json and weights: safetensors or .bin, one file or shards."""
+    run: Path
+    """Run directory to add to; made if it is not there."""
+    as_: Annotated[str | None, tyro.conf.arg(name="as")] = None
+    """Place in the series: an index, ckpt_012, or CrystalCoder_phase2_checkpoint_018000. By default the folder's name,
+    if it is of that kind, else the next index with step and tokens unknown."""
+    recipe: str | None = None
+    """Recipe whose arithmetic gives step, tokens and learning rate; by default the one whose model the folder holds."""
+    every: tuple[int, ...] = ()
+    """Steps between series checkpoints, a number for each phase, if not the recipe's."""
+    json: Json = False
+    """Print one JSON object on stdout: the parity report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a checkpoint as a Hugging Face folder, with a proof that nothing changed."""
+
+    ref: tyro.conf.Positional[str]
+    """Checkpoint: DIR@K, DIR@latest, DIR@init, DIR@step=N."""
+    out: Path
+    """Folder to make."""
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    """Of the weights in the folder."""
+    shard_gb: float = 5.0
+    """Largest weight file, in gigabytes (1e9 bytes)."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder to put beside the weights, if not the one of the run."""
+    json: Json = False
+    """Print one JSON object on stdout: the parity report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,12 +322,14 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     parent = None
     for entry in entries:
         m = entry.manifest
+        known = m.origin is None or m.origin["position_known"]
         row = {
             "name": m.name,
-            "step": m.step,
-            "tokens": m.tokens,
+            "step": m.step if known else None,
+            "tokens": m.tokens if known else None,
             "loss_mean": m.loss.get("mean"),
-            "learning_rate": m.learning_rate,
+            "learning_rate": m.learning_rate if known else None,
+            "origin": m.origin and m.origin["folder"],
             "mesh": str(MeshConfig(**m.mesh)),
             "bytes": sum(f["bytes"] for f in m.files.values()),
             "manifest_sha256": entry.sha256,
@@ -285,19 +340,20 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
                 verify_files(entry)
             except RunError as e:
                 problems.append(str(e))
-            if m.parent_sha256 != (parent.sha256 if parent else None):
+            if m.origin is None and m.parent_sha256 != (parent.sha256 if parent else None):
                 there = f"not {parent.path} as it is now" if parent else f"{m.parent}, which is missing"
                 problems.append(f"{entry.path}: its parent is {there}")
             row["check"] = "ok" if len(problems) == found else "FAILED"
         parent = entry
         rows.append(row)
     if not args.json:
-        print(f"{'':>5} {'step':>8} {'tokens':>15} {'mean loss':>10} {'lr':>9} {'MB':>8}  mesh")
+        print(f"{'':>5} {'step':>8} {'tokens':>17} {'mean loss':>10} {'lr':>9} {'MB':>8}  mesh")
         for r in rows:
-            loss = "-" if r["loss_mean"] is None else f"{r['loss_mean']:.4f}"
+            cells = (("step", "d"), ("tokens", ",d"), ("loss_mean", ".4f"), ("learning_rate", ".2e"))
+            step, tokens, loss, rate = ("-" if r[name] is None else format(r[name], spec) for name, spec in cells)
             print(
-                f"{r['name']:>5} {r['step']:>8} {r['tokens']:>15,} {loss:>10} {r['learning_rate']:>9.2e} "
-                f"{r['bytes'] / 1e6:>8.1f}  {r['mesh']}  {r.get('check', '')}"
+                f"{r['name']:>5} {step:>8} {tokens:>17} {loss:>10} {rate:>9} {r['bytes'] / 1e6:>8.1f}  "
+                f"{r['origin'] or r['mesh']}  {r.get('check', '')}"
             )
         print(f"{len(rows)} checkpoints in {args.dir}")
     for problem in problems:
@@ -334,7 +390,6 @@ def logits(args: Logits) -> dict[str, Any]:
 def generate(args: Generate) -> dict[str, Any]:
     """Verb `generate`."""
     from checkpoint.series import parse_ref
-    from data.tokenizer import Tokenizer
     from inference.generate import Sampling
     from inference.generate import generate as generate_tokens
     from layers.region import Region
@@ -347,14 +402,8 @@ def generate(args: Generate) -> dict[str, Any]:
             prompt.encode()
         except UnicodeEncodeError as e:  # bytes that are not UTF-8 reach Python as lone surrogates
             raise UserError(f"--prompt {prompt!r}: not UTF-8 ({e.reason} at character {e.start})") from e
-    tokenizer_path = args.tokenizer or parse_ref(args.ref)[0] / "tokenizer.model"
-    tokenizer = Tokenizer(tokenizer_path)
     model, weights, mesh, name = _open(args.ref, args.where.mesh)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{tokenizer_path}: {tokenizer.vocab_size} pieces, but the model's vocabulary is {model.vocab_size}; "
-            "give the tokenizer that the model was trained with"
-        )
+    tokenizer = _tokenizer(args.tokenizer or parse_ref(args.ref)[0], model, needed=True)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = [tokenizer.encode(p) for p in args.prompt]
     new = generate_tokens(
@@ -365,6 +414,46 @@ def generate(args: Generate) -> dict[str, Any]:
         print("\n---\n".join(texts))
     continuations = [{"prompt": p, "text": t, "new_tokens": n} for p, t, n in zip(args.prompt, texts, new, strict=True)]
     return {"checkpoint": name, "continuations": continuations}
+
+
+def import_hf(args: Import) -> dict[str, Any]:
+    """Verb `import`."""
+    from huggingface.importer import import_folder
+
+    if args.recipe is not None and args.recipe not in recipes():
+        raise UserError(f"--recipe {args.recipe!r}: unknown{_nearest(args.recipe, recipes())}")
+    target, proof = import_folder(
+        args.hf_dir, args.run, formats(), families(), recipes(), args.recipe, args.as_, args.every, note
+    )
+    position = target.position
+    tokens = target.recipe.data.tokens_per_step * position.step if target.recipe and position else None
+    result = {
+        "checkpoint": f"{args.run}@{target.index}",
+        "recipe": target.recipe.recipe if target.recipe else None,
+        "step": position.step if position else None,
+        "tokens": tokens,
+        "parity": dataclasses.asdict(proof),
+    }
+    if not args.json:
+        where = f"step {position.step:,}, {tokens:,} tokens" if position else "step not known"
+        print(f"{result['checkpoint']}: {target.model.family}, recipe {result['recipe'] or 'not known'}, {where}")
+    return result
+
+
+def export(args: Export) -> dict[str, Any]:
+    """Verb `export`."""
+    from huggingface.exporter import export_folder
+
+    if not 1e-6 <= args.shard_gb < math.inf:
+        raise UserError(f"--shard-gb {args.shard_gb}: must be a positive number of gigabytes")
+    run, entry, model, recipe = _find(args.ref)
+    form = next(f for f in formats().values() if f.model is type(model))
+    tokenizer = _tokenizer(args.tokenizer or run, model, needed=args.tokenizer is not None)
+    shard_bytes = int(args.shard_gb * 1e9)
+    proof = export_folder(entry, model, recipe, args.out, form, args.dtype, shard_bytes, tokenizer, note)
+    if not args.json:
+        print(f"{args.out}: {run}@{entry.manifest.name} as a Hugging Face folder, digest {proof.digest}")
+    return {"checkpoint": f"{run}@{entry.manifest.name}", "out": str(args.out), "parity": dataclasses.asdict(proof)}
 
 
 def run_demo(args: Demo) -> dict[str, Any]:
@@ -385,27 +474,50 @@ def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
     """Model, parameters placed on a mesh, the mesh, and the name of one checkpoint of a run."""
     import jax
 
-    from checkpoint.series import Series, parse_ref, restore
+    from checkpoint.series import restore
     from layers import params
     from parallel.mesh import MeshConfig
+
+    run, entry, model, _ = _find(ref)
+    wanted = MeshConfig.parse(mesh_text)
+    devices = jax.devices()
+    if -1 not in wanted.degrees.values() and jax.process_count() == 1:
+        devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
+    mesh = wanted.build(devices)
+    params.check_divides(model.abstract, mesh.shape)
+    weights, _ = restore(entry, params=params.abstract_arrays(model.abstract, mesh), optimizer=None)
+    return model, weights, mesh, f"{run}@{entry.manifest.name}"
+
+
+def _find(ref: str) -> tuple[Path, Any, Any, str | None]:
+    """Run directory, checkpoint, model and recipe name of a reference that names one checkpoint."""
+    from checkpoint.series import Series, parse_ref
+    from training.config import model_from_dict
 
     run, selector = parse_ref(ref)
     entries = Series(run).resolve(selector)
     if len(entries) != 1:
         raise UserError(f"{ref}: names {len(entries)} checkpoints, and this verb takes one")
     try:
-        config = RunConfig.from_dict(json.loads((run / "config.json").read_text()), families())
+        value = json.loads((run / "config.json").read_text())
+        return run, entries[0], model_from_dict(value, families()), value.get("recipe")
     except (OSError, ValueError) as e:
         raise UserError(f"{run}: cannot read its config.json ({e}); is it a run directory?") from e
-    wanted = MeshConfig.parse(mesh_text)
-    devices = jax.devices()
-    if -1 not in wanted.degrees.values() and jax.process_count() == 1:
-        devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
-    mesh = wanted.build(devices)
-    abstract = config.model.abstract
-    params.check_divides(abstract, mesh.shape)
-    weights, _ = restore(entries[0], params=params.abstract_arrays(abstract, mesh), optimizer=None)
-    return config.model, weights, mesh, f"{run}@{entries[0].manifest.name}"
+
+
+def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
+    """The tokenizer of a file or folder, checked against the model; None if it need not be there and is not."""
+    from data import tokenizer as tokenizers
+
+    if not needed and not any((path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        return None
+    tokenizer = tokenizers.load(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} entries, but the model's vocabulary is "
+            f"{model.vocab_size}; give the tokenizer that the model was trained with"
+        )
+    return tokenizer
 
 
 # ---- from words to calls -------------------------------------------------------------------------------------------
@@ -418,6 +530,8 @@ VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "series": (SeriesArgs, False, series),
     "logits": (Logits, False, logits),
     "generate": (Generate, False, generate),
+    "import": (Import, False, import_hf),
+    "export": (Export, False, export),
 }
 
 

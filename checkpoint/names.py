@@ -4,6 +4,7 @@ A name is the path to an array joined with dots: ``layers.attention.wq`` for par
 in the first member of an optax chain. It is also the array's folder on disk, hence the characters refused below.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,29 @@ def unnest(target: Any, nested: Mapping[str, Any]) -> Any:
 def flat(tree: Any) -> dict[str, Any]:
     """The arrays of any pytree by dotted name, in jax's order. Raises as `nest` does."""
     return {".".join(path): leaf for path, leaf in _paths(tree)}
+
+
+def from_flat(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from values by dotted name: the inverse of `flat` where all nodes are dicts."""
+    root: dict[str, Any] = {}
+    for name, value in arrays.items():
+        *path, leaf = name.split(".")
+        node = root
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return root
+
+
+def stacked(name: str) -> bool:
+    """Whether an array holds one tensor of every layer, along its first axis: those below "layers" do."""
+    return "layers" in name.split(".")[:-1]
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """``("layers.attention.wq", 7)`` for "layers.7.attention.wq"; None for a name without the number of a layer."""
+    match = re.fullmatch(r"((?:.+\.)?layers)\.(\d+)(\..+)", name)
+    return (match[1] + match[3], int(match[2])) if match else None
 
 
 def _paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:

@@ -1,4 +1,4 @@
-"""Whole runs of CrystalCoder, every number with its source (fact sheet = LLM360's published code, configs and cards)."""
+"""Whole runs of CrystalCoder, every number with its source (fact sheet = LLM360's published code, configs, cards)."""
 
 from crystal_jax.config import CrystalConfig
 from crystal_jax.optimizer import LinearSchedule, MupAdamWConfig
@@ -47,7 +47,7 @@ def crystal_7b() -> RunConfig:
     """CrystalCoder as LLM360 trained it: 1.39T tokens in three phases, a series of 143 checkpoints.
 
     No published rule gives 143 (fact sheet 4.2). Ours: every 1500, 3000 and 1700 steps of the three phases and the last
-    step of each: 53 + 1, 71 + 1 and 16 + 1. It holds every published name that the fact sheet lists; another cadence is
+    step of each: 53 + 1, 71 + 1 and 16 + 1. It holds every published name that the fact sheet lists. Another cadence is
     another ``series_every_steps``.
     """
     mixture1, mixture2, mixture3 = MIXTURES

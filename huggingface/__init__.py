@@ -1,1 +1,1 @@
-"""Folders in Hugging Face's layout, read and written one tensor at a time; no model is known here."""
+"""Hugging Face folders: read and written tensor by tensor, and checkpoints made from them and into them, proven."""

@@ -124,7 +124,7 @@ class ExecutionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesConfig:
-    """What is kept besides the series (`PhaseConfig.series_every_steps`), which has a checkpoint before the first step."""
+    """What is kept besides the series (`PhaseConfig.series_every_steps`), which begins before the first step."""
 
     rolling_every_steps: int
     """Steps between checkpoints that are kept only to resume."""
@@ -276,9 +276,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every field; the model's family beside its fields."""
-        result = dataclasses.asdict(self)
-        result["model"] = {"family": self.model.family, **result["model"]}
-        return result
+        return {**dataclasses.asdict(self), "model": model_to_dict(self.model)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], families: "Mapping[str, Family]") -> "RunConfig":
@@ -318,6 +316,11 @@ class Family(NamedTuple):
 
     model: type[ModelConfig]
     optimizer: type[OptimizerConfig]
+
+
+def model_to_dict(model: ModelConfig) -> dict[str, Any]:
+    """Its fields and its family: ``model`` in a run's ``config.json``."""
+    return {"family": model.family, **dataclasses.asdict(model)}
 
 
 def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:

@@ -111,7 +111,7 @@ def test_what_llamas_config_says_in_other_ways():
 
 @pytest.mark.parametrize(("form", "recipe"), FORMATS)
 def test_a_model_that_their_config_cannot_say_is_refused(form, recipe):
-    with pytest.raises(UserError, match="export: .*embed=128"):
+    with pytest.raises(UserError, match=r"export: .*embed=128"):
         form.config_to_hf(dataclasses.replace(recipe().model, head_dim=16))
 
 

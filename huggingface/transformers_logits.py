@@ -1,0 +1,25 @@
+"""Logits of a Llama folder by Hugging Face's transformers, whose version it prints.
+
+    python -m huggingface.transformers_logits FOLDER TOKENS.npy OUT.npy
+
+A program of its own, so that torch and jax do not share a process.
+"""
+
+import sys
+
+
+def main(folder: str, tokens: str, out: str) -> None:
+    """Write float32 [B, S, V]."""
+    import numpy as np
+    import torch
+    import transformers
+
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.load(tokens))).logits
+    np.save(out, logits.float().numpy())
+    print(transformers.__version__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
