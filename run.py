@@ -422,7 +422,7 @@ def import_hf(args: Import) -> dict[str, Any]:
 
     if args.recipe is not None and args.recipe not in recipes():
         raise UserError(f"--recipe {args.recipe!r}: unknown{_nearest(args.recipe, recipes())}")
-    target, proof = import_folder(
+    target, proof, seconds = import_folder(
         args.hf_dir, args.run, formats(), families(), recipes(), args.recipe, args.as_, args.every, note
     )
     position = target.position
@@ -432,6 +432,7 @@ def import_hf(args: Import) -> dict[str, Any]:
         "recipe": target.recipe.recipe if target.recipe else None,
         "step": position.step if position else None,
         "tokens": tokens,
+        "seconds": seconds,
         "parity": dataclasses.asdict(proof),
     }
     if not args.json:
@@ -450,10 +451,15 @@ def export(args: Export) -> dict[str, Any]:
     form = next(f for f in formats().values() if f.model is type(model))
     tokenizer = _tokenizer(args.tokenizer or run, model, needed=args.tokenizer is not None)
     shard_bytes = int(args.shard_gb * 1e9)
-    proof = export_folder(entry, model, recipe, args.out, form, args.dtype, shard_bytes, tokenizer, note)
+    proof, seconds = export_folder(entry, model, recipe, args.out, form, args.dtype, shard_bytes, tokenizer, note)
     if not args.json:
         print(f"{args.out}: {run}@{entry.manifest.name} as a Hugging Face folder, digest {proof.digest}")
-    return {"checkpoint": f"{run}@{entry.manifest.name}", "out": str(args.out), "parity": dataclasses.asdict(proof)}
+    return {
+        "checkpoint": f"{run}@{entry.manifest.name}",
+        "out": str(args.out),
+        "seconds": seconds,
+        "parity": dataclasses.asdict(proof),
+    }
 
 
 def run_demo(args: Demo) -> dict[str, Any]:

@@ -9,10 +9,6 @@ and their losses must agree.
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from record import record
 
-from checkpoint.manifest import environment
 from data.batch import Batch
 from data.loader import Loader, SyntheticData
 from run import recipes
@@ -140,15 +136,8 @@ def main():
         "ratio_of_pairs_median": statistics.median(p / o for p, o in zip(times["plain"][2:], times["ours"][2:])),
         "planned_peak_bytes": {"ours": program.peak_bytes, "plain": planned_bytes(plain)},
         **{k: v for k, v in program.throughput(seconds["ours"]).items() if k.startswith("mfu")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {mesh.devices.flat[0].device_kind}",
-        "python": platform.python_version(),
-        "versions": environment(),
-        "date": datetime.date.today().isoformat(),
     }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    record(result, mesh.devices.flat[0], args.out)
 
 
 if __name__ == "__main__":

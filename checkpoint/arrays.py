@@ -7,14 +7,19 @@ flipped bit damages one number. Orbax has no checksum on array data in any of it
 
 import contextlib
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+
+from checkpoint.names import from_flat, stacked
 
 ITEMS = ("params", "optimizer")
 
@@ -36,9 +41,9 @@ def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
         # process with them.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
-    options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
     trees = {
-        item: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: options, tree)) for item, tree in items.items()
+        item: ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(_save_args, tree))
+        for item, tree in items.items()
     }
     try:
         saver.save(path, args=ocp.args.Composite(**trees))
@@ -67,8 +72,67 @@ def load(path: Path, item: str, target: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+def declare(path: Path, item: str, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    """Make a checkpoint of one item whose arrays have no data yet: `chunks` says which files to add.
+
+    Args:
+        path: absolute; does not exist.
+        item: "params".
+        shapes: shape and dtype of each array by dotted name.
+    """
+    tree = from_flat({name: np.broadcast_to(np.zeros((), dtype), shape) for name, (shape, dtype) in shapes.items()})
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _Declared()))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: _handler(type_handler_registry=registry)})) as saver:
+        saver.save(path, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree)}))
+
+
+def chunks(name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """Shape of the chunks of a declared array, a file each: C order, little-endian, those at the edges padded.
+
+    The chunk at (0, 2) is the file ``c/0/2``. Of a stacked array each layer has its own. Halved from the front until
+    small enough, so that meshes of powers of two divide them and their files are runs of the array.
+    """
+    shape = (1, *shape[1:]) if stacked(name) else shape
+    chunk = list(shape)
+    for axis, size in enumerate(shape):
+        parts = 1
+        while math.prod(chunk) * dtype.itemsize > _CHUNK_BYTES and chunk[axis] > 1:
+            parts *= 2
+            chunk[axis] = -(-size // parts)
+    return tuple(chunk)
+
+
+def open_array(folder: Path) -> tensorstore.TensorStore:
+    """An array on disk, to read parts of it. A missing file is an error, not zeros."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    return tensorstore.open(spec | {"fill_missing_data_reads": False}, open=True, read=True).result()
+
+
+class _Declared(ocp.type_handlers.NumpyHandler):
+    """Lets Orbax write all that it wants to know of an array, and of the array only the metadata."""
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
+        for value, info in zip(values, infos, strict=True):
+            chunk = chunks(info.name, value.shape, value.dtype)
+            grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+            codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                "metadata": {"shape": value.shape, "data_type": value.dtype.name, "chunk_grid": grid, "codecs": codecs},
+            }
+            await tensorstore.open(spec, create=True)
+        return []
+
+
+def _save_args(path: tuple[Any, ...], x: Any) -> ocp.SaveArgs:
+    """Files of a limited size, and in a large stack none with parts of two layers."""
+    apart = x.nbytes > _CHUNK_BYTES and stacked(".".join(str(entry.key) for entry in path))
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if apart else ())
+
+
+def _handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False, **options)
 
 
 @contextlib.contextmanager

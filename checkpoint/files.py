@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterable
@@ -52,6 +53,22 @@ def differences(root: Path, expected: dict[str, dict[str, Any]], found: Iterable
         if now["sha256"] != expected[name]["sha256"]:
             problems[name] = "has other bytes (SHA-256 differs)"
     return [f"{name} {problem}" for name, problem in sorted(problems.items())]
+
+
+def damaged(folder: Path, problems: list[str]) -> RunError:
+    """What to tell about a checkpoint with such `differences`."""
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return RunError(
+        f"{folder}: damaged: {'; '.join(problems[:5])}{more}. Put back an intact copy, or remove the folder"
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The useful end of an exception chain, on one line: Orbax hides tensorstore's message in the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\s*\[(tensorstore_spec|source locations)=.*", "", " ".join(str(error).split()))
+    return (text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}") or type(error).__name__
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

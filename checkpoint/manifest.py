@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from errors import RunError, UserError
 
-VERSION = 1
+VERSION = 2  # 1 had no origin, no digests, and always data
 FILE = "manifest.json"
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "grain", "array_record")
@@ -47,7 +47,8 @@ class Manifest:
     parent_sha256: str | None
     """SHA-256 of the parent's manifest file."""
     config_sha256: str
-    data_sha256: str
+    data_sha256: str | None
+    """None for imported weights."""
     mesh: dict[str, int]
     """Degree of each mesh axis of the devices that held the arrays."""
     device_kind: str
@@ -62,9 +63,12 @@ class Manifest:
     wall_time: float
     """Seconds since 1970 when the save began."""
     tensors: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """"ITEM/NAME" (also the array's folder) -> {"shape": [int], "dtype": str}; items are "params" and "optimizer"."""
+    """"ITEM/NAME" (also the array's folder) -> {"shape": [int], "dtype": str}; items are "params" and "optimizer".
+    Perhaps also "digest", from `checkpoint.digest`."""
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Path in the checkpoint -> {"bytes": int, "sha256": str}; every file but the manifest."""
+    origin: dict[str, Any] | None = None
+    """Where imported weights came from (format, folder, files and their hashes, …); None for trained ones."""
     version: int = VERSION
 
     def __post_init__(self):
@@ -108,6 +112,20 @@ class Manifest:
             return cls(**body | {"samples": tuple(body["samples"])})
         except (TypeError, KeyError, UserError, RunError) as e:
             raise RunError(_damaged(where, str(e))) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A committed checkpoint."""
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+    """SHA-256 of the manifest file, hex: names the checkpoint's content."""
+
+    def has(self, item: str) -> bool:
+        """Whether it holds an item, "params" or "optimizer"."""
+        return any(name.startswith(item + "/") for name in self.manifest.tensors)
 
 
 def read(directory: Path) -> Manifest:

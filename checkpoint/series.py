@@ -14,11 +14,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -27,27 +28,15 @@ import jax
 import orbax.checkpoint as ocp
 
 from checkpoint import arrays, files
-from checkpoint.manifest import FILE, Manifest
-from checkpoint.names import flat, nest, unnest
+from checkpoint.manifest import FILE, Entry, Manifest
+from checkpoint.names import flat, from_flat, nest, unnest
+from checkpoint.stream import Stream
+from checkpoint.tensors import Tensors
 from errors import RunError, UserError
 
 KINDS = ("series", "rolling")
 _BARRIER_MS = 20 * 60 * 1000  # hashing 100 GB on a slow disk, twice
 REF_SYNTAX = "DIR@K, DIR@init, DIR@latest, DIR@A:B:C, DIR@all or DIR@step=N"
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A committed checkpoint."""
-
-    path: Path
-    manifest: Manifest
-    sha256: str
-    """SHA-256 of the manifest file, hex: names the checkpoint's content."""
-
-    def has(self, item: str) -> bool:
-        """Whether it holds an item, "params" or "optimizer"."""
-        return any(name.startswith(item + "/") for name in self.manifest.tensors)
 
 
 class Series:
@@ -115,6 +104,20 @@ class Series:
             raise UserError(f"{self.run}@{selector}: no such checkpoint; there are {_overview(entries, selector)}")
         return found
 
+    def __getitem__(self, index: int | str) -> Tensors:
+        """The parameters of one checkpoint, read where they are looked at: ``Series(run)[100]["norm.scale"][:8]``.
+
+        Args:
+            index: or any selector of one checkpoint, "latest".
+
+        Raises:
+            UserError: there is no such checkpoint, or more than one; RunError as `entries`.
+        """
+        entries = self.resolve(str(index))
+        if len(entries) > 1:
+            raise UserError(f"{self.run}@{index}: names {len(entries)} checkpoints, expected one")
+        return Tensors(entries[0])
+
     def _read(self, kind: str) -> list[Entry]:
         return [entry for path in _folders(self.run / kind) if (entry := self._entry(path, kind))]
 
@@ -155,6 +158,8 @@ def parse_ref(ref: str) -> tuple[Path, str]:
 def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: bool = True) -> tuple[Any, Any]:
     """Arrays of a checkpoint, each read straight to the devices that its target names, on any mesh.
 
+    The dtypes must be those on disk, but for one: bfloat16 is read into float32 where that is asked for, exactly.
+
     Args:
         entry: the checkpoint.
         params: pytree of `jax.ShapeDtypeStruct` with shardings, or None to leave them out.
@@ -178,7 +183,7 @@ def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: 
         try:
             nested = arrays.load(entry.path, item, nest(target))
         except Exception as e:  # tensorstore has no error type of its own
-            raise RunError(f"{entry.path}: cannot be read: {_reason(e)}") from e
+            raise RunError(f"{entry.path}: cannot be read: {files.reason(e)}") from e
         restored[item] = unnest(target, nested)
     return restored.get("params"), restored.get("optimizer")
 
@@ -207,10 +212,7 @@ def verify_files(entry: Entry, items: Collection[str] | None = None) -> None:
     except OSError as e:
         raise RunError(f"{entry.path}: cannot be read: {e}") from e
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise RunError(
-            f"{entry.path}: damaged: {'; '.join(problems[:5])}{more}. Put back an intact copy, or remove the folder"
-        )
+        raise files.damaged(entry.path, problems)
 
 
 class SeriesWriter:
@@ -224,6 +226,7 @@ class SeriesWriter:
     def __init__(self, run: Path):
         self.run = Path(run).absolute()
         self._primary = jax.process_index() == 0
+        self._made = self._primary and not self.run.exists()
         self._at_exit = contextlib.ExitStack()
         if self._primary:
             self._at_exit.callback(files.Lock(self.run).release)
@@ -244,6 +247,8 @@ class SeriesWriter:
                 if error is None:
                     raise
                 error.add_note(f"Besides: {e}")
+            if error is not None and self._made and [p.name for p in self.run.iterdir()] == [".lock"]:
+                shutil.rmtree(self.run, ignore_errors=True)  # nothing came of it
 
     def clean(self) -> list[Path]:
         """Remove what a crash left: torn checkpoints, rolling ones that are not the newest; rebuild ``series.jsonl``.
@@ -273,6 +278,7 @@ class SeriesWriter:
         params: Any,
         optimizer: Any | None,
         manifest: Manifest,
+        digests: Mapping[str, str] | None = None,
         then: Callable[[], None] | None = None,
     ) -> None:
         """Save a state; returns once its arrays are copied to host memory. Waits for the save before this one.
@@ -282,6 +288,7 @@ class SeriesWriter:
             params: pytree of arrays; may be donated or deleted after the return.
             optimizer: the same, or None for a checkpoint that cannot be resumed from.
             manifest: without ``tensors`` and ``files``.
+            digests: from `checkpoint.digest`, by "ITEM/NAME" as in ``tensors``, to be put in the manifest.
             then: called once the checkpoint is committed, in another thread.
 
         Raises:
@@ -291,18 +298,11 @@ class SeriesWriter:
         self.wait()
         assert kind == manifest.kind, (kind, manifest.kind)
         items = {"params": nest(params)} | ({} if optimizer is None else {"optimizer": nest(optimizer)})
-        tensors = {
-            f"{item}/{name}": {"shape": list(x.shape), "dtype": x.dtype.name}
-            for item, tree in items.items()
-            for name, x in flat(tree).items()
-        }
+        tensors = _described({f"{item}/{n}": x for item, tree in items.items() for n, x in flat(tree).items()}, digests)
         for item, tree in items.items():
             if not tree:
                 raise UserError(f"{manifest.name}: {item} holds no array; give None to save without")
-        path = self.run / kind / manifest.name
-        if (path / FILE).exists():
-            raise RunError(f"{path}: is finished, and a checkpoint is never overwritten; remove it to save it again")
-        self._check_space(path, sum(x.nbytes for tree in items.values() for x in jax.tree.leaves(tree)))
+        path = self._new(manifest, sum(x.nbytes for tree in items.values() for x in jax.tree.leaves(tree)))
         try:
             self._discard(path)
             saver = arrays.start_save(path, items)
@@ -314,6 +314,49 @@ class SeriesWriter:
             target=self._commit, args=(saver, path, manifest, then), name=f"commit {path.name}"
         )
         self._thread.start()
+
+    @contextlib.contextmanager
+    def stream(self, manifest: Manifest, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> Iterator[Stream]:
+        """Add a checkpoint of parameters that are never whole in memory, in a run of one process.
+
+            with writer.stream(manifest, {"layers.attention.wq": ((32, 4096, 32, 128), "bfloat16")}) as target:
+                target.write("layers.attention.wq", (7,), array)
+
+        Leaving the block commits it; an error removes it, and the exception goes on.
+
+        Args:
+            manifest: without ``tensors`` and ``files``.
+            shapes: shape and dtype of each array by dotted name; those below "layers" are stacked.
+
+        Raises:
+            RunError: the checkpoint exists, or cannot be written.
+            UserError: a name that cannot be a folder; a part that was not written, or as `Stream.write`.
+        """
+        self.wait()
+        if jax.process_count() > 1:
+            raise UserError(f"{manifest.name}: {jax.process_count()} processes cannot stream a checkpoint; use one")
+        described = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+        if not described or flat(from_flat(described)).keys() != described.keys():
+            raise UserError(f"{manifest.name}: no arrays, or one named as a part of another: {', '.join(described)}")
+        tensors = {f"params/{name}": x for name, x in described.items()}
+        path = self._new(manifest, sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values()))
+        manifest = dataclasses.replace(manifest, tensors=_described(tensors))
+        try:
+            self._discard(path)
+            with contextlib.closing(Stream(Entry(path, manifest, sha256=""), self._failed)) as target:
+                yield target
+                found = target.finish()
+            digests = {f"params/{name}": digest for name, digest in target.digests.items()}
+            manifest = dataclasses.replace(manifest, tensors=_described(tensors, digests), files=found)
+            try:
+                self._publish(path, manifest)
+            except Exception as e:
+                raise self._failed(path, e) from e
+        except BaseException:
+            self._discard(path)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if there is nothing else in it
+            raise
 
     def wait(self) -> None:
         """Block until the last save is committed.
@@ -335,12 +378,7 @@ class SeriesWriter:
             arrays.finish_save(saver)
             if self._primary:
                 manifest = dataclasses.replace(manifest, files=files.hashes(path, files.listing(path)))
-                text = manifest.to_json()
-                files.write_atomically(path / FILE, text)
-                entry = Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())
-                if manifest.kind == "series":
-                    with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
-                        index.write(_line(entry))
+                entry = self._publish(path, manifest)
                 if then:
                     then()
                 if entry.has("optimizer"):
@@ -350,6 +388,24 @@ class SeriesWriter:
             self._failure = self._failed(path, e)
             self._failure.__cause__ = e
             self._discard(path)
+
+    def _new(self, manifest: Manifest, size: int) -> Path:
+        """Folder of a checkpoint to be, of so many bytes."""
+        path = self.run / manifest.kind / manifest.name
+        if (path / FILE).exists():
+            raise RunError(f"{path}: is finished, and a checkpoint is never overwritten; remove it to save it again")
+        self._check_space(path, size)
+        return path
+
+    def _publish(self, path: Path, manifest: Manifest) -> Entry:
+        """Write the manifest, from which moment the checkpoint counts, and its line in the index."""
+        text = manifest.to_json()
+        files.write_atomically(path / FILE, text)
+        entry = Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())
+        if manifest.kind == "series":
+            with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
+                index.write(_line(entry))
+        return entry
 
     def _prune(self, newest: Manifest) -> list[Path]:
         """Remove the rolling checkpoints that a newer one makes useless."""
@@ -376,8 +432,8 @@ class SeriesWriter:
         what = "is saved, but not listed" if (path / FILE).exists() else "could not be saved"
         arrays.settle()
         return RunError(
-            f"{path}: {what}: {_reason(error)}. The finished checkpoints are untouched; free some disk space and run "
-            "the same command again"
+            f"{path}: {what}: {files.reason(error)}. The finished checkpoints are untouched; free some disk space and "
+            "run the same command again"
         )
 
     def _check_space(self, path: Path, needed: int) -> None:
@@ -406,11 +462,24 @@ def _check_target(entry: Entry, item: str, target: Any) -> None:
     problems += [f"{name} is in it but was not asked for" for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & stored.keys()):
         asked = {"shape": list(wanted[name].shape), "dtype": wanted[name].dtype.name}
-        if asked != stored[name]:
-            problems.append(f"{name} is {describe(stored[name])}, expected {describe(asked)}")
+        found = {"shape": stored[name]["shape"], "dtype": stored[name]["dtype"]}
+        widened = found | {"dtype": "float32"} if found["dtype"] == "bfloat16" else found
+        if asked not in (found, widened):
+            problems.append(f"{name} is {describe(found)}, expected {describe(asked)}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(f"{entry.path}: its {item} arrays are of another model: {'; '.join(problems[:5])}{more}")
+
+
+def _described(leaves: Mapping[str, Any], digests: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The manifest's ``tensors``."""
+    digests = digests or {}
+    if unknown := sorted(digests.keys() - leaves.keys()):
+        raise UserError(f"digests of {', '.join(unknown[:5])}, but the arrays are {', '.join(leaves)}")
+    return {
+        name: {"shape": list(x.shape), "dtype": x.dtype.name} | ({"digest": digests[name]} if name in digests else {})
+        for name, x in leaves.items()
+    }
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -434,11 +503,3 @@ def _overview(entries: list[Entry], selector: str) -> str:
     near = sorted(sorted(entries, key=lambda e: abs(value(e) - aim))[:5], key=value)
     names = ", ".join(f"{'init' if e.manifest.index < 0 else e.manifest.index} (step {e.manifest.step})" for e in near)
     return f"{len(entries)}, the nearest {names}" if len(entries) > 5 else names
-
-
-def _reason(error: BaseException) -> str:
-    """The useful end of an exception chain, on one line: Orbax hides tensorstore's message in the cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = re.sub(r"\s*\[(tensorstore_spec|source locations)=.*", "", " ".join(str(error).split()))
-    return (text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}") or type(error).__name__

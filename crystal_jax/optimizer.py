@@ -85,7 +85,7 @@ class MupAdamWConfig(OptimizerConfig):
 class PhasedAdamState(NamedTuple):
     """State of `scale_by_phased_adam`."""
 
-    count: jax.Array
+    step: jax.Array
     """int32 scalar: updates done in the whole run."""
     mu: Any
     nu: Any
@@ -109,14 +109,14 @@ def scale_by_phased_adam(b1: float, b2: float, eps: float, starts: Sequence[int]
     def update(updates: Any, state: PhasedAdamState, params: Any = None) -> tuple[Any, PhasedAdamState]:
         del params
         known = jnp.asarray(starts, jnp.int32)
-        start = jnp.max(jnp.where(known <= state.count, known, 0))
-        t = (state.count - start + 1).astype(jnp.float32)
-        kept = jnp.where(state.count == start, 0.0, 1.0)
+        start = jnp.max(jnp.where(known <= state.step, known, 0))
+        t = (state.step - start + 1).astype(jnp.float32)
+        kept = jnp.where(state.step == start, 0.0, 1.0)
         mu = jax.tree.map(lambda m, g: b1 * kept * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * kept * v + (1 - b2) * g * g, state.nu, updates)
         correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
         scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps) * correction, mu, nu)
-        return scaled, PhasedAdamState(optax.safe_increment(state.count), mu, nu)
+        return scaled, PhasedAdamState(optax.safe_increment(state.step), mu, nu)
 
     return optax.GradientTransformation(init, update)
 

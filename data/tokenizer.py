@@ -1,63 +1,155 @@
-"""One SentencePiece model: text to token ids and back, and training a small one in LLaMA's manner (fact sheet 1.5)."""
+"""Text to token ids and back, and training a small SentencePiece model in LLaMA's manner (fact sheet 1.5, 1.9).
+
+    tokenizer = load("runs/x")  # or a .model, a tokenizer.json, a Hugging Face folder
+    tokenizer.encode("a</s>"), tokenizer.encode("a</s>", special=True)
+
+Text never becomes a special token by spelling it: only `special=True` reads `</s>` or `<|fim_prefix|>` as one.
+"""
 
 import hashlib
 import io
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import final
 
 import sentencepiece
 
+from data.pieces import JsonPieces, Pieces, SentencePieces
 from errors import UserError
 
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
 _PIECE_CHARACTERS = 4000  # training text is cut to about this: nothing is then too long for the trainer
 
 
+@final
 class Tokenizer:
-    """A SentencePiece `.model` file. Raises UserError when it cannot be loaded or cannot mark a document's end."""
+    """Made by `load`. One file, `name` with `content`, is all of it: load gives the same tokenizer from a copy."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self._model = self.path.read_bytes()
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model that can be loaded ({error})") from error
-        if self.eos_id < 0:
-            # Also where `</s>` is a user-defined piece: SentencePiece has an eos id only if text cannot spell it.
-            raise UserError(f"{path}: has no end-of-document token; train it with `</s>` as a control piece")
+    def __init__(self, path: Path, name: str, content: bytes, pieces: Pieces):
+        self.path, self.name, self.content, self.pieces = path, name, content, pieces
+        self._spelling = {i: token for token, i in pieces.special.items()}
+
+    def __reduce__(self) -> tuple:
+        return load, (self.path,)
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids."""
-        return self._processor.vocab_size()
+        """Number of ids. A model may have more: Crystal's last 10 are reserved."""
+        return self.pieces.size
 
     @property
     def eos_id(self) -> int:
         """The id that ends a document (LLaMA: 2)."""
-        return self._processor.eos_id()
+        return self.pieces.eos_id
 
     @property
     def bos_id(self) -> int:
-        """The id that may begin a document (LLaMA: 1; Amber's data never uses it); -1 if there is none."""
-        return self._processor.bos_id()
+        """The id that may begin a document (LLaMA: 1; LLM360's data never uses it); -1 if there is none."""
+        return self.pieces.bos_id
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The ids that no text has unless asked, by their spelling: `<unk>`, `<s>`, `</s>`, Crystal's 22."""
+        return dict(self.pieces.special)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file, hexadecimal."""
-        return hashlib.sha256(self._model).hexdigest()
+        """SHA-256 of the content, hexadecimal."""
+        return hashlib.sha256(self.content).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens; control pieces typed in the text stay text."""
-        return self._processor.encode(text)
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the ids of a text, as it stands.
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        With `special`, spelled tokens become their ids and the text between two of them is encoded as a text of its
+        own, with its word-start piece, as the published Hugging Face tokenizers and Crystal's FIM data have it.
+        """
+        return self.encode_many([text], special=special)[0]
+
+    def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Return encode(text) of each text."""
-        return self._processor.encode(list(texts))
+        if not special:
+            return self.pieces.encode(texts)
+        cut = [self._spelled.split(text) for text in texts]  # text, token, text, token, ..., text
+        encoded = iter(self.pieces.encode([part for parts in cut for part in parts[::2]]))
+        return [
+            [i for k, part in enumerate(parts) for i in ([self.pieces.special[part]] if k % 2 else next(encoded))]
+            for parts in cut
+        ]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; encode's inverse."""
-        return self._processor.decode([int(i) for i in ids])
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Return the text of ids, special tokens as they are spelled or left out: encode's inverse.
+
+        An id of the model that no token has (see `vocab_size`) is U+FFFD, as bytes that are no UTF-8 are.
+        """
+        text = []
+        for is_text, run in groupby(map(int, ids), lambda i: i < self.vocab_size and i not in self._spelling):
+            if is_text:
+                text.append(self.pieces.decode(list(run)))
+            elif not skip_special:
+                text += [self._spelling.get(i, "\ufffd") for i in run]
+        return "".join(text)
+
+    @cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        longest_first = sorted(self.pieces.special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a `.model`, a `tokenizer.json`, or a folder (a run, prepared data, Hugging Face's).
+
+    In a folder `tokenizer.model` goes before `tokenizer.json`, and is completed by the tokens of `added_tokens.json`
+    and `tokenizer_config.json`: the result is one model again. Raises UserError for what is not there or of no use.
+    """
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        found = [path / name for name in (MODEL, JSON) if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: has no tokenizer: neither {MODEL} nor {JSON}; name the file or another folder")
+        file = found[0]
+    try:
+        content = file.read_bytes()
+        pieces: Pieces
+        if file.suffix == ".json":
+            name, pieces = JSON, JsonPieces(content)
+        else:
+            name, pieces = MODEL, SentencePieces(content)
+            if path.is_dir() and (added := _added_tokens(path)):
+                content = pieces.with_added(added)
+                pieces = SentencePieces(content)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        kind = "tokenizer.json" if file.suffix == ".json" else "SentencePiece model"
+        raise UserError(f"{file}: not a {kind} that can be loaded ({error})") from error
+    if pieces.eos_id < 0:
+        raise UserError(f"{file}: has no end-of-document token; it must have `</s>` as a control piece or added token")
+    return Tokenizer(path, name, content, pieces)
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that a Hugging Face folder adds to its `tokenizer.model`."""
+    added: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            listed = json.loads((folder / name).read_bytes())
+            if name == "tokenizer_config.json":
+                listed = {t["content"]: int(i) for i, t in listed.get("added_tokens_decoder", {}).items()}
+            if not all(token and isinstance(i, int) for token, i in listed.items()):
+                raise ValueError("a token without spelling, or an id that is no number")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{folder / name}: not a list of added tokens ({error!r}); fetch it again") from error
+        for token, i in listed.items():
+            if added.setdefault(token, i) != i:
+                raise UserError(f"{folder / name}: token {token!r} has id {i}, and {added[token]} in added_tokens.json")
+    return added
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path, max_bytes: int = 10_000_000) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ def export_folder(
     shard_bytes: int,
     tokenizer: Any | None,
     log: Log,
-) -> Parity:
+) -> tuple[Parity, dict[str, float]]:
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
@@ -43,6 +44,9 @@ def export_folder(
         shard_bytes: largest weight file, unless one tensor is larger.
         tokenizer: goes into the folder, if there is one.
         log: takes lines for people.
+
+    Returns:
+        The proof, and seconds of copying and of proving.
 
     Raises:
         UserError: the folder exists; the architecture cannot be written in this format; a weight is not finite.
@@ -63,6 +67,7 @@ def export_folder(
         return array.astype(chosen[name], copy=False)
 
     with FolderWriter(out, theirs, shard_bytes) as writer:
+        begin = time.monotonic()
         progress = Progress(sum(int(np.prod(s)) * d.itemsize for d, s in theirs.values()), log)
         for row in table:
             parts = [read(name, row.layer) for name in row.ours]
@@ -77,12 +82,14 @@ def export_folder(
             for name, content in tokenizers.hf_files(tokenizer, model.context_length).items():
                 writer.text(name, content)
         described = {name: (tensors[name].shape, chosen[name]) for name in stored}
+        seconds = {"copy": time.monotonic() - begin}
         proof = parity.check(form, Folder(writer.part), model, described, read)
+        seconds["proof"] = time.monotonic() - begin - seconds["copy"]
         log(proof.summary())
         writer.text("parity.json", _json(dataclasses.asdict(proof)))
         writer.text("README.md", model_card(entry, model, recipe, proof, str(config["torch_dtype"])))
         writer.commit()
-    return proof
+    return proof, seconds
 
 
 def _widest(dtypes: Any) -> np.dtype:

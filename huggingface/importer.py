@@ -54,7 +54,7 @@ def import_folder(
     place: str | None,
     every: tuple[int, ...],
     log: Log,
-) -> tuple[Target, Parity]:
+) -> tuple[Target, Parity, dict[str, float]]:
     """Add the checkpoint in a Hugging Face folder to the series of a run.
 
     Args:
@@ -67,6 +67,9 @@ def import_folder(
         place: index or published name; None takes the folder's name if it is a published one, else the next index.
         every: steps between series checkpoints of each phase, if not the recipe's.
         log: takes lines for people.
+
+    Returns:
+        Where it went, the proof, and seconds of copying and of proving.
 
     Raises:
         UserError: the folder is incomplete or of another architecture, or does not fit the run; nothing is left behind.
@@ -92,14 +95,17 @@ def import_folder(
         writer.clean()
         shapes = {name: (shape, dtype.name) for name, (shape, dtype) in described.items()}
         with writer.stream(_manifest(target, folder), shapes) as stream:
+            begin = time.monotonic()
             _copy(folder, form, table, described, stream.write, log)
             written = stream.tensors()
+            seconds = {"copy": time.monotonic() - begin}
             proof = parity.check(form, folder, target.model, described, _reader(written))
+            seconds["proof"] = time.monotonic() - begin - seconds["copy"]
             log(proof.summary())
             stream.digests = proof.digests
             _keep(target, tokenizer)
         Ledger(run)("import", index=target.index, source=str(source), digest=proof.digest)
-    return target, proof
+    return target, proof, seconds
 
 
 def _target(

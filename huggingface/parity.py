@@ -156,8 +156,10 @@ def _transformers(folder: Folder, tokens: np.ndarray, found: np.ndarray, paramet
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "tokens.npy"), Path(scratch, "logits.npy")
         np.save(inputs, tokens)
-        command = [sys.executable, "-m", "huggingface.transformers_logits", folder.path.resolve(), inputs, outputs]
-        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        command = [sys.executable, "-m", "huggingface.transformers_logits", str(folder.path.resolve())]
+        done = subprocess.run(
+            [*command, str(inputs), str(outputs)], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        )
         if done.returncode:
             raise RunError(f"{folder.path}: transformers cannot run it: {done.stderr.strip()[-500:]}")
         difference = float(np.max(np.abs(np.load(outputs) - found)))

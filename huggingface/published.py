@@ -32,8 +32,8 @@ def locate(place: str, recipe: RunConfig | None) -> tuple[int, Position | None]:
         phase, step = int(match[1]) - 1, int(match[2])
         if found := next((p for p in recipe.positions if (p.phase, p.phase_step) == (phase, step)), None):
             return found.index, found
-        near = sorted((p for p in recipe.positions if p.phase == phase), key=lambda p: abs(p.phase_step - step))[:3]
-        steps = ", ".join(str(p.phase_step) for p in sorted(near)) or "none"
+        near = sorted((p.phase_step for p in recipe.positions if p.phase == phase), key=lambda s: abs(s - step))[:3]
+        steps = ", ".join(map(str, sorted(near))) or "none"
         raise UserError(
             f"--as {place}: the series of {recipe.recipe} has no checkpoint there (nearest in this phase: {steps}); "
             "give its cadence for each phase, for example --every 1500 1500 1000"

@@ -54,7 +54,7 @@ class Decoder(nnx.Module):
 
     def final(self, x: jax.Array, region: Region) -> jax.Array:
         """Residual stream after the final norm."""
-        return region.use(self.norm)(x)  # type: ignore[operator]
+        return region.use(self.norm)(x)
 
     def logits(self, x: jax.Array, region: Region) -> jax.Array:
         """Residual stream -> float32 [B, S, V/tensor]."""

@@ -86,7 +86,8 @@ class PhaseConfig:
                 raise UserError(f"config: phases.mixture: {source}: weight {weight}, part {start} to {stop}")
 
 
-class Position(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Position:
     """Where in a run a series checkpoint lies."""
 
     index: int

@@ -73,6 +73,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
     data.check_files()
     _check_directory(run)
     with SeriesWriter(run) as writer, StopRequest() as stop:
+        _refuse_imported(Series(run).entries(), run)
         _claim(config, run, families)
         writer.clean()
         parent = Series(run).newest()
@@ -152,13 +153,21 @@ def _claim(config: RunConfig, run: Path, families: Families) -> None:
     config.check_same_run(there, run)
 
 
+def _refuse_imported(entries: list[Entry], run: Path) -> None:
+    """A series of other people's checkpoints must not get ours among them."""
+    if entries and entries[0].manifest.origin is not None:
+        raise UserError(
+            f"{run}: holds checkpoints imported from elsewhere, to be studied; give another --run directory"
+        )
+
+
 def _check_continuation(parent: Entry | None, data: TokenData, run: Path, stop_at: int | None) -> None:
     """Refuse to go on with other data, or to a step that is already past."""
     if parent is None:
         return
     if parent.manifest.data_sha256 != data.sha256:
         raise UserError(
-            f"{run}: was trained on data with manifest {parent.manifest.data_sha256[:12]}…, and --data has "
+            f"{run}: was trained on data with manifest {str(parent.manifest.data_sha256)[:12]}…, and --data has "
             f"{data.sha256[:12]}…; give the run's own data, or another --run directory"
         )
     if stop_at is not None and stop_at < parent.manifest.step:

@@ -11,7 +11,7 @@ from crystal_jax.recipes import MIXTURES, crystal_7b, crystal_tiny
 from data.loader import SyntheticData
 from errors import UserError
 from layers import params
-from training.config import Family, RunConfig
+from training.config import Family, Position, RunConfig
 
 FAMILIES = {"crystal": Family(CrystalConfig, MupAdamWConfig)}
 
@@ -80,7 +80,7 @@ def test_the_series_has_143_checkpoints():
     there = {(p.phase, p.phase_step) for p in positions}
     assert {(0, n) for n in (1500, 33_000, 55_500, 64_500)} < there
     assert {(1, n) for n in (18_000, 51_000, 81_000, 114_000, 144_000, 174_000, 207_000, 214_387)} < there
-    assert positions[-1] == (142, 2, 321_836, 27_728)
+    assert positions[-1] == Position(142, 2, 321_836, 27_728)
 
 
 @pytest.mark.parametrize(
