@@ -72,7 +72,8 @@ class Prepare:
     """NAME=PATH, repeatable. PATH: folder, file or glob of text, .jsonl[.gz|.zst] or .parquet; or embedded:stdlib,
     embedded:topics, embedded:docstrings, embedded:packages."""
     tokenizer: Path | None = None
-    """SentencePiece .model file; a small one is trained on the sources if none is given."""
+    """SentencePiece .model, tokenizer.json, or a folder with one; a small one is trained on the sources if none is
+    given."""
     on_bad: Literal["fail", "skip"] = "fail"
     """A document that cannot be read: stop and name it, or count it and go on."""
     max_mb_per_source: float | None = None
@@ -157,10 +158,12 @@ class Generate:
     """Sample from the most likely tokens that together have this probability."""
     seed: int = 0
     """Same seed, same text."""
+    special: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read special tokens spelled in the prompt as such, for example <|fim_prefix|>; else they are plain text."""
     no_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the whole prefix again for every token: slow, gives the same text."""
     tokenizer: Path | None = None
-    """SentencePiece .model file, if not the one of the run."""
+    """SentencePiece .model, tokenizer.json, or a folder with one, if not the one of the run."""
     where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
     json: Json = False
     """Print one JSON object on stdout."""
@@ -181,6 +184,8 @@ class Import:
     """Recipe whose arithmetic gives step, tokens and learning rate; by default the one whose model the folder holds."""
     every: tuple[int, ...] = ()
     """Steps between series checkpoints, a number for each phase, if not the recipe's."""
+    transformers: bool = True
+    """Compare logits with Hugging Face's transformers too, if it is installed and has the memory."""
     json: Json = False
     """Print one JSON object on stdout: the parity report."""
 
@@ -199,6 +204,8 @@ class Export:
     """Largest weight file, in gigabytes (1e9 bytes)."""
     tokenizer: Path | None = None
     """Tokenizer file or folder to put beside the weights, if not the one of the run."""
+    transformers: bool = True
+    """Compare logits with Hugging Face's transformers too, if it is installed and has the memory."""
     json: Json = False
     """Print one JSON object on stdout: the parity report."""
 
@@ -405,7 +412,7 @@ def generate(args: Generate) -> dict[str, Any]:
     model, weights, mesh, name = _open(args.ref, args.where.mesh)
     tokenizer = _tokenizer(args.tokenizer or parse_ref(args.ref)[0], model, needed=True)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    prompts = [tokenizer.encode(p) for p in args.prompt]
+    prompts = [tokenizer.encode(p, special=args.special) for p in args.prompt]
     new = generate_tokens(
         model, weights, prompts, mesh, Region(args.where.compute_dtype), sampling, tokenizer.eos_id, not args.no_cache
     )
@@ -423,7 +430,16 @@ def import_hf(args: Import) -> dict[str, Any]:
     if args.recipe is not None and args.recipe not in recipes():
         raise UserError(f"--recipe {args.recipe!r}: unknown{_nearest(args.recipe, recipes())}")
     target, proof, seconds = import_folder(
-        args.hf_dir, args.run, formats(), families(), recipes(), args.recipe, args.as_, args.every, note
+        args.hf_dir,
+        args.run,
+        formats(),
+        families(),
+        recipes(),
+        args.recipe,
+        args.as_,
+        args.every,
+        args.transformers,
+        note,
     )
     position = target.position
     tokens = target.recipe.data.tokens_per_step * position.step if target.recipe and position else None
@@ -451,7 +467,9 @@ def export(args: Export) -> dict[str, Any]:
     form = next(f for f in formats().values() if f.model is type(model))
     tokenizer = _tokenizer(args.tokenizer or run, model, needed=args.tokenizer is not None)
     shard_bytes = int(args.shard_gb * 1e9)
-    proof, seconds = export_folder(entry, model, recipe, args.out, form, args.dtype, shard_bytes, tokenizer, note)
+    proof, seconds = export_folder(
+        entry, model, recipe, args.out, form, args.dtype, shard_bytes, tokenizer, args.transformers, note
+    )
     if not args.json:
         print(f"{args.out}: {run}@{entry.manifest.name} as a Hugging Face folder, digest {proof.digest}")
     return {
@@ -515,14 +533,10 @@ def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
     """The tokenizer of a file or folder, checked against the model; None if it need not be there and is not."""
     from data import tokenizer as tokenizers
 
-    if not needed and not any((path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+    if not needed and not any((path / name).exists() for name in (tokenizers.MODEL, tokenizers.JSON)):
         return None
     tokenizer = tokenizers.load(path)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} entries, but the model's vocabulary is "
-            f"{model.vocab_size}; give the tokenizer that the model was trained with"
-        )
+    tokenizer.check_fits(model.vocab_size)
     return tokenizer
 
 

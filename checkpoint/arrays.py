@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.future
 import tensorstore
 
 from checkpoint.names import from_flat, stacked
@@ -35,15 +36,19 @@ def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
         path: absolute; does not exist. Appears, whole, once the writing is done.
         items: nested dict of arrays by item. They may be donated or deleted after the return.
     """
-    saver = ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(**{item: _handler() for item in items}),
-        # If the folders cannot be made (a full disk), Orbax's other threads would wait for them for minutes, and the
-        # process with them.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-    )
+    return _start(path, {item: (_handler(), tree) for item, tree in items.items()})
+
+
+def _start(path: Path, items: dict[str, tuple[ocp.PyTreeCheckpointHandler, dict[str, Any]]]) -> ocp.AsyncCheckpointer:
+    # If the folders cannot be made (a full disk), Orbax's other threads would wait for them for minutes, and the process
+    # with them. Both classes have this option, for their own folders.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    handlers: dict[str, Any] = {item: handler for item, (handler, _) in items.items()}
+    composite = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options), **handlers)
+    saver = ocp.AsyncCheckpointer(composite, async_options=options)
     trees = {
         item: ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(_save_args, tree))
-        for item, tree in items.items()
+        for item, (_, tree) in items.items()
     }
     try:
         saver.save(path, args=ocp.args.Composite(**trees))
@@ -82,8 +87,7 @@ def declare(path: Path, item: str, shapes: Mapping[str, tuple[tuple[int, ...], n
     """
     tree = from_flat({name: np.broadcast_to(np.zeros((), dtype), shape) for name, (shape, dtype) in shapes.items()})
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _Declared()))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: _handler(type_handler_registry=registry)})) as saver:
-        saver.save(path, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree)}))
+    finish_save(_start(path, {item: (_handler(type_handler_registry=registry), tree)}))
 
 
 def chunks(name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -109,20 +113,24 @@ def open_array(folder: Path) -> tensorstore.TensorStore:
 
 
 class _Declared(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax write all that it wants to know of an array, and of the array only the metadata."""
+    """Lets Orbax write all that it wants to know of an array, and of the array itself only the metadata."""
 
-    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[ocp.future.Future]:
+        # Orbax makes the folder meanwhile, which this kind of future waits for.
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._create(values, infos), name="declare")]
+
+    async def _create(self, values: Sequence[Any], infos: Sequence[Any]) -> None:
         for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
             chunk = chunks(info.name, value.shape, value.dtype)
             grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
             codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
             spec = {
                 "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                "kvstore": {"driver": "file", "path": f"{info.path}/"},
                 "metadata": {"shape": value.shape, "data_type": value.dtype.name, "chunk_grid": grid, "codecs": codecs},
             }
             await tensorstore.open(spec, create=True)
-        return []
 
 
 def _save_args(path: tuple[Any, ...], x: Any) -> ocp.SaveArgs:

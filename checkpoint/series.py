@@ -338,6 +338,8 @@ class SeriesWriter:
         described = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
         if not described or flat(from_flat(described)).keys() != described.keys():
             raise UserError(f"{manifest.name}: no arrays, or one named as a part of another: {', '.join(described)}")
+        if empty := [f"{name}: {list(x.shape)}" for name, x in described.items() if 0 in x.shape]:
+            raise UserError(f"{manifest.name}: {empty[0]} holds no number; leave it out")
         tensors = {f"params/{name}": x for name, x in described.items()}
         path = self._new(manifest, sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values()))
         manifest = dataclasses.replace(manifest, tensors=_described(tensors))

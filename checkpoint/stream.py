@@ -117,7 +117,7 @@ class Stream:
         self._wait(_IN_FLIGHT - size)
         data = np.zeros(chunk, part.dtype)
         data[tuple(map(slice, part.shape))] = part
-        future = self._pool.submit(_write, self._entry.path / file, memoryview(data.reshape(-1).view(np.uint8)))
+        future = self._pool.submit(_write, self._entry.path / file, data.reshape(-1).view(np.uint8).data)
         self._writes.append((file, size, future))
 
     def _wait(self, most: int) -> None:

@@ -94,11 +94,11 @@ class _Array:
         try:
             self._check(["zarr.json"])
             store = arrays.open_array(self._entry.path / self._name)
-            chunk: Any = store.chunk_layout.write_chunk.shape
+            chunk: Any = store.chunk_layout.write_chunk.shape or ()
             cells = [range(r[0] // c, r[-1] // c + 1) for r, c in zip(ranges, chunk)]
             self._check(["/".join(map(str, ("c", *cell))) for cell in itertools.product(*cells)])
-            part = store[tuple(slice(r.start, r.stop, r.step) for r in ranges)] if ranges else store
-            return part.read().result()[after]
+            part = store[tuple(slice(r.start, r.stop, r.step) for r in ranges)]
+            return np.asarray(part.read().result()[after])
         except RunError:
             raise
         except Exception as e:  # tensorstore has no error type of its own

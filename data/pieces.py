@@ -132,13 +132,13 @@ class JsonPieces:
                 raise ValueError(f"its model is {model['type']}, and only BPE with byte fallback, as LLaMA's, is read")
             vocab: dict[str, int] = model["vocab"]
             self.special = {token["content"]: token["id"] for token in added}
+            _check_bytes(vocab)
+            _check_ids(vocab, self.special)
             merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+            # Left to itself the library finds special tokens wherever text spells them, and adds some by a template.
+            typed = [m for m in merges if "".join(m) not in self.special]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{error!r} where a tokenizer.json has a BPE model and added_tokens") from error
-        _check_bytes(vocab)
-        _check_ids(vocab, self.special)
-        # Left to itself the library recognises special tokens wherever text spells them, and adds some by a template.
-        typed = [m for m in merges if "".join(m) not in self.special]
         plain = self.to_json() | {"added_tokens": [], "model": model | {"merges": typed}}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
@@ -170,7 +170,8 @@ def _check_ids(vocab: Mapping[str, int], special: Mapping[str, int]) -> None:
     for token, i in [*vocab.items(), *special.items()]:
         if names.setdefault(i, token) != token or vocab.get(token, i) != i:
             raise ValueError(f"token {token!r} has id {i}, and this id or this spelling is taken")
-    if gap := next((i for i in range(len(names)) if i not in names), None):
+    gap = next((i for i in range(len(names)) if i not in names), None)
+    if gap is not None:
         raise ValueError(f"nothing has id {gap}, and token {names[max(names)]!r} has id {max(names)}")
 
 

@@ -37,7 +37,7 @@ from data.chunks import (
 from data.index import IndexWriter
 from data.packing import ORDER, Layout
 from data.sources import Document, OnBad, ReadReport, SourceSpec, read
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import MODEL, Tokenizer, load, train_tokenizer
 from errors import RunError, UserError
 
 _Label = TypeVar("_Label")
@@ -53,7 +53,7 @@ _WORK = "work.part"
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare and where. `tokenizer` is a SentencePiece model, or None to train one on the sources."""
+    """What to prepare and where. `tokenizer` is a file or folder to load, or None to train one on the sources."""
 
     recipe: str
     out: Path
@@ -94,7 +94,7 @@ class PrepareConfig:
             "chunks": self.chunks,
             "validation_per_source": self.validation_per_source,
             "seed": self.seed,
-            "tokenizer": None if self.tokenizer is None else Tokenizer(self.tokenizer).sha256,
+            "tokenizer": None if self.tokenizer is None else load(self.tokenizer).sha256,
             "on_bad": self.on_bad,
             "max_bytes_per_source": self.max_bytes_per_source,
         }
@@ -114,9 +114,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], object] = print) -> Data
     work = out / _WORK
     with _writing_to(out), _pool(config.workers) as pool:
         work.mkdir(parents=True)
-        tokenizer = _tokenizer(config, work / "tokenizer.model", log)
-        with written(out / "tokenizer.model") as part:
-            shutil.copyfile(tokenizer.path, part)
+        tokenizer = _tokenizer(config, work / MODEL, log)
+        with written(out / tokenizer.name) as part:
+            part.write_bytes(tokenizer.content)
         streams = [_tokenise(config, spec, tokenizer, work, pool, log) for spec in config.sources]
         layout = Layout.of(
             [(s.name, stream.tokens) for s, stream in zip(config.sources, streams)],
@@ -141,7 +141,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], object] = print) -> Data
             order=ORDER,
             chunks=config.chunks,
             samples_per_chunk=layout.samples_per_chunk,
-            tokenizer=TokenizerRecord("tokenizer.model", tokenizer.sha256),
+            tokenizer=TokenizerRecord(tokenizer.name, tokenizer.sha256),
             sources=sources,
             chunk_files=chunk_files,
         )
@@ -187,13 +187,12 @@ def _tokenizer(config: PrepareConfig, trained: Path, log: Callable[[str], object
     if config.tokenizer is None:
         log(f"training a tokenizer of {config.vocab_size} pieces")
         train_tokenizer(_sample(config), config.vocab_size, trained, _TRAINING_BYTES_PER_PIECE * config.vocab_size)
-        return Tokenizer(trained)
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"{config.tokenizer} has {tokenizer.vocab_size} pieces, recipe {config.recipe} has vocab_size "
-            f"{config.vocab_size}; give a tokenizer of that size, or set vocab_size to {tokenizer.vocab_size}"
-        )
+        return load(trained)
+    tokenizer = load(config.tokenizer)
+    try:
+        tokenizer.check_fits(config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{error}, or set --model.vocab-size {tokenizer.vocab_size}") from None
     return tokenizer
 
 
@@ -276,7 +275,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 @lru_cache(maxsize=1)
 def _loaded(path: str) -> Tokenizer:
     # One processor per worker process, loaded at the worker's first batch.
-    return Tokenizer(path)
+    return load(path)
 
 
 def _encode(task: tuple[str, list[str], str]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from data.pieces import JsonPieces, Pieces, SentencePieces
 from errors import UserError
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
+_SPARE_ROWS = 127  # a model's vocabulary may be padded so far beyond its tokenizer's, as Crystal's is by 10
 _PIECE_CHARACTERS = 4000  # training text is cut to about this: nothing is then too long for the trainer
 
 
@@ -32,9 +33,6 @@ class Tokenizer:
     def __init__(self, path: Path, name: str, content: bytes, pieces: Pieces):
         self.path, self.name, self.content, self.pieces = path, name, content, pieces
         self._spelling = {i: token for token, i in pieces.special.items()}
-
-    def __reduce__(self) -> tuple:
-        return load, (self.path,)
 
     @property
     def vocab_size(self) -> int:
@@ -56,6 +54,18 @@ class Tokenizer:
         """The ids that no text has unless asked, by their spelling: `<unk>`, `<s>`, `</s>`, Crystal's 22."""
         return dict(self.pieces.special)
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Refuse a model of another vocabulary (UserError); padding rows that no token has are allowed."""
+        if not 0 <= vocab_size - self.vocab_size <= _SPARE_ROWS:
+            raise UserError(
+                f"{self.path}: this tokenizer has {self.vocab_size} ids, and the model a vocabulary of {vocab_size}; "
+                "give the tokenizer that belongs to the model"
+            )
+
+    def files(self) -> dict[str, bytes]:
+        """Name and content of what must be kept to have this tokenizer elsewhere."""
+        return {self.name: self.content}
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the content, hexadecimal."""
@@ -73,7 +83,7 @@ class Tokenizer:
         """Return encode(text) of each text."""
         if not special:
             return self.pieces.encode(texts)
-        cut = [self._spelled.split(text) for text in texts]  # text, token, text, token, ..., text
+        cut = [self._spelled.split(text) for text in texts]  # text, token, text, token, …, text
         encoded = iter(self.pieces.encode([part for parts in cut for part in parts[::2]]))
         return [
             [i for k, part in enumerate(parts) for i in ([self.pieces.special[part]] if k % 2 else next(encoded))]
@@ -150,6 +160,45 @@ def _added_tokens(folder: Path) -> dict[str, int]:
             if added.setdefault(token, i) != i:
                 raise UserError(f"{folder / name}: token {token!r} has id {i}, and {added[token]} in added_tokens.json")
     return added
+
+
+def hf_files(tokenizer: Tokenizer, context_length: int) -> dict[str, str | bytes]:
+    """Return name and content of each file; UserError when the tokenizer cannot be written as a `tokenizer.json`.
+
+    Hugging Face's ids are then those of `encode(text, special=True)`; its option `split_special_tokens` is ours by
+    default. The class is not LlamaTokenizer: that of transformers 5 ignores the normaliser in `tokenizer.json`, so
+    that it loses a leading space, and from `tokenizer.model` it makes other pieces of several spaces.
+    """
+    try:
+        content = tokenizer.pieces.to_json()
+    except ValueError as error:
+        raise UserError(f"{tokenizer.path}: cannot be exported: {error}") from error
+    names = {i: token for token, i in tokenizer.special.items()}
+    added = {t["id"]: t for t in content["added_tokens"]}
+    roles = {
+        "unk_token": content["model"].get("unk_token"),
+        "bos_token": names.get(tokenizer.bos_id),
+        "eos_token": names[tokenizer.eos_id],
+    }
+    more = [token for token in tokenizer.special if token not in roles.values()]
+    tokens = {k: v for k, v in roles.items() if v is not None} | ({"additional_special_tokens": more} if more else {})
+    config = tokens | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(i): {k: v for k, v in t.items() if k != "id"} for i, t in sorted(added.items())},
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,  # for the LlamaTokenizer of transformers 4, whose ids are ours too
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context_length,
+        "padding_side": "left",
+    }
+    return {
+        tokenizer.name: tokenizer.content,
+        JSON: json.dumps(content, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(tokens, indent=2) + "\n",
+    }
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path, max_bytes: int = 10_000_000) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from checkpoint.tensors import Tensors
 
 from checkpoint.series import Entry
+from checkpoint.tensors import Tensors
 from data import tokenizer as tokenizers
+from data.tokenizer import Tokenizer
 from huggingface import parity
 from huggingface.folder import Folder
-from huggingface.importer import FLOAT32, Log, Progress, check_finite
-from huggingface.mapping import Format
+from huggingface.importer import FLOAT32, Log, Progress, check_finite, each
+from huggingface.mapping import Format, Mapped
 from huggingface.parity import Parity
 from huggingface.writer import FolderWriter
 from layers.model import ModelConfig
@@ -29,7 +30,8 @@ def export_folder(
     form: Format,
     dtype: Literal["stored", "float32", "bfloat16"],
     shard_bytes: int,
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
+    transformers: bool,
     log: Log,
 ) -> tuple[Parity, dict[str, float]]:
     """Write a checkpoint as a Hugging Face folder.
@@ -43,6 +45,7 @@ def export_folder(
         dtype: of the weights; ``stored`` as they are in the checkpoint.
         shard_bytes: largest weight file, unless one tensor is larger.
         tokenizer: goes into the folder, if there is one.
+        transformers: see `parity.check`.
         log: takes lines for people.
 
     Returns:
@@ -60,7 +63,10 @@ def export_folder(
     theirs = {row.theirs: (_widest(chosen[name] for name in row.ours), row.shape) for row in table}
     dtypes = {str(d) for d, _ in theirs.values()}
     config["torch_dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+    special = {}
+    if tokenizer:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        special = {name: i for name, i in ids.items() if i >= 0}
 
     def read(name: str, layer: int | None) -> np.ndarray:
         array = tensors[name][()] if layer is None else tensors[name][layer]
@@ -68,28 +74,43 @@ def export_folder(
 
     with FolderWriter(out, theirs, shard_bytes) as writer:
         begin = time.monotonic()
-        progress = Progress(sum(int(np.prod(s)) * d.itemsize for d, s in theirs.values()), log)
-        for row in table:
-            parts = [read(name, row.layer) for name in row.ours]
-            for name, part in zip(row.ours, parts, strict=True):
-                check_finite(f"{entry.path}: {name}", part)
-            tensor = row.to_theirs(parts).astype(theirs[row.theirs][0], copy=False)
-            writer.write(row.theirs, tensor)
-            progress.add(tensor.nbytes)
+        _copy(entry, table, theirs, read, writer, log)
         writer.text("config.json", _json(config | special))
-        if special:
+        if tokenizer:
             writer.text("generation_config.json", _json({"_from_model_config": True, **special}))
             for name, content in tokenizers.hf_files(tokenizer, model.context_length).items():
                 writer.text(name, content)
         described = {name: (tensors[name].shape, chosen[name]) for name in stored}
         seconds = {"copy": time.monotonic() - begin}
-        proof = parity.check(form, Folder(writer.part), model, described, read)
+        proof = parity.check(form, Folder(writer.part), model, described, read, transformers)
         seconds["proof"] = time.monotonic() - begin - seconds["copy"]
         log(proof.summary())
         writer.text("parity.json", _json(dataclasses.asdict(proof)))
         writer.text("README.md", model_card(entry, model, recipe, proof, str(config["torch_dtype"])))
         writer.commit()
     return proof, seconds
+
+
+def _copy(
+    entry: Entry,
+    table: tuple[Mapped, ...],
+    theirs: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    read: parity.Read,
+    writer: FolderWriter,
+    log: Log,
+) -> None:
+    """Write every tensor, in the order of the table."""
+
+    def one(row: Mapped) -> None:
+        parts = [read(name, row.layer) for name in row.ours]
+        for name, part in zip(row.ours, parts, strict=True):
+            check_finite(f"{entry.path}: {name}", part)
+        tensor = row.to_theirs(parts).astype(theirs[row.theirs][0], copy=False)
+        writer.write(row.theirs, tensor)
+        progress.add(tensor.nbytes)
+
+    progress = Progress(sum(int(np.prod(s)) * d.itemsize for d, s in theirs.values()), log)
+    each(one, table)
 
 
 def _widest(dtypes: Any) -> np.dtype:

@@ -62,7 +62,9 @@ class Parity:
         )
 
 
-def check(form: Format, folder: Folder, model: ModelConfig, described: Described, read: Read) -> Parity:
+def check(
+    form: Format, folder: Folder, model: ModelConfig, described: Described, read: Read, transformers: bool
+) -> Parity:
     """Compare a folder with parameters of ours.
 
     Args:
@@ -71,6 +73,7 @@ def check(form: Format, folder: Folder, model: ModelConfig, described: Described
         model: the architecture of both.
         described: shape (of all layers) and dtype of each of ours, by name.
         read: gives one of ours, of one layer where they are stacked.
+        transformers: compare with its logits too, where it is installed.
 
     Raises:
         RunError: they are not the same model; says which tensors or by how much.
@@ -100,16 +103,17 @@ def check(form: Format, folder: Folder, model: ModelConfig, described: Described
         )
     largest, difference = float(np.max(np.abs(expected))), float(np.max(np.abs(expected - found)))
     _refuse(folder, "the folder's own mathematics", difference, largest)
+    parameters = sum(int(np.prod(shape)) for shape, _ in described.values())
     return Parity(
         tensors=len(described),
-        parameters=sum(int(np.prod(shape)) for shape, _ in described.values()),
+        parameters=parameters,
         digests=second,
         digest=digest.whole(second),
         tokens=tokens.tolist(),
         largest_logit=largest,
         largest_difference=difference,
         tolerance=TOLERANCE,
-        transformers=_transformers(folder, tokens, found, sum(int(np.prod(s)) for s, _ in described.values())),
+        transformers=_transformers(folder, tokens, found, parameters) if transformers else {"skipped": "not asked for"},
     )
 
 

@@ -45,10 +45,15 @@ def logits(model: ModelConfig, read: Callable[[str, int | None], np.ndarray], to
     def run(what: str, chosen: list[str], layer: int | None, x: Any) -> jax.Array:
         weights = {}
         for name in chosen:
-            weights[name] = jax.device_put(read(name, layer)[None] if layer is not None else read(name, None))
+            array = read(name, None) if layer is None else read(name, layer)[None]
+            weights[name] = jax.device_put(array.astype(np.float32, copy=False))
+            del array
         return jax.block_until_ready(_stage(one, mesh, what)(weights, x))
 
-    x = run("embed", [n for n in names if n.startswith("embedding.")], None, tokens)
+    # Of the embedding only the rows that are looked up: with both in memory as float32, this would be the peak.
+    rows, ids = np.unique(tokens, return_inverse=True)
+    table = read("embedding.table", None)[rows].astype(np.float32)
+    x = _stage(one, mesh, "embed")({"embedding.table": table}, ids.reshape(tokens.shape).astype(np.int32))
     for layer in range(model.num_layers):
         x = run("blocks", [n for n in names if n.startswith("layers.")], layer, x)
     return np.asarray(run("logits", last, None, x))

@@ -179,7 +179,7 @@ def _check_continuation(parent: Entry | None, data: TokenData, run: Path, stop_a
 def _keep_tokenizer(data: TokenData, run: Path) -> None:
     """Copy the data's tokenizer beside the checkpoints, so that a run can write text wherever it is taken."""
     if data.tokenizer_file is not None:
-        write_atomically(run / "tokenizer.model", data.tokenizer_file.read_bytes())
+        write_atomically(run / data.tokenizer_file.name, data.tokenizer_file.read_bytes())
 
 
 def _restore(program: Program, entry: Entry) -> TrainState:

@@ -17,7 +17,7 @@ from data.index import DocumentIndex
 from data.packing import permutation, validation_windows
 from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load
 from errors import RunError, UserError
 
 
@@ -71,7 +71,7 @@ texts = st.one_of(
 @given(st.lists(st.lists(texts, max_size=12), min_size=1, max_size=3), st.integers(0, 3), st.integers(1, 4))
 @example([["0" * 15] * 7, ["0" * 15] * 6], 2, 4)  # nothing over: the second source has just enough
 def test_prepared_data_is_the_fact_sheets(prepared, corpora, validation, chunks):
-    tokenizer = Tokenizer(prepared / "tokenizer.model")
+    tokenizer = load(prepared)
     enough = [] if len(corpora) == 2 and corpora[1] == ["0" * 15] * 6 else ["0" * 17 * (validation + chunks)]
     corpora = {f"s{i}": [*documents, *enough] for i, documents in enumerate(corpora)}
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def test_manifest_says_what_was_read(prepared, corpus):
     assert str(prepared) not in (prepared / "manifest.json").read_text()
     for file in manifest.files:
         file.check_content(prepared)
-    assert Tokenizer(prepared / manifest.tokenizer.file).sha256 == manifest.tokenizer.sha256
+    assert load(prepared / manifest.tokenizer.file).sha256 == manifest.tokenizer.sha256
 
 
 def test_only_the_data_set_is_left(prepared):
@@ -213,7 +213,7 @@ def test_bad_records_are_refused_or_counted(config, tmp_path):
 def test_a_tokenizer_of_another_size_is_refused(config, prepared, tmp_path):
     other = dataclasses.replace(config, out=tmp_path, vocab_size=32000, tokenizer=prepared / "tokenizer.model")
     with pytest.raises(
-        UserError, match=r"has 400 pieces, recipe amber_tiny has vocab_size 32000; .* vocab_size to 400"
+        UserError, match=r"has 400 ids, and the model a vocabulary of 32000; .*--model.vocab-size 400"
     ):
         prepare(other, log=quiet)
 

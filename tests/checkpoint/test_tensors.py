@@ -1,0 +1,156 @@
+"""Parts of a checkpoint are read alone, and what is read was compared with the manifest."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import arrays
+from checkpoint.series import Series, SeriesWriter
+from checkpoint.tensors import Tensors
+from errors import RunError, UserError
+from tests.checkpoint import tiny_run
+
+WQ = "layers.attention.wq"
+
+
+@pytest.fixture
+def saved():
+    """What is in checkpoint 3 of `finished`."""
+    return tiny_run.state(40, tiny_run.mesh(2, 4))[0]
+
+
+def test_a_mapping_of_names_to_arrays(finished, saved):
+    tensors = Series(finished)[3]
+    assert set(tensors) == {"embedding", WQ, "norm.scale", "norm.half"}
+    assert len(tensors) == 4
+    assert (tensors[WQ].shape, tensors[WQ].dtype) == ((2, 8, 16), np.float32)
+    assert repr(tensors["norm.half"]) == "Lazy(bfloat16 [24])"
+    np.testing.assert_array_equal(tensors["norm.half"][...], saved["norm"]["half"])
+    np.testing.assert_array_equal(tensors["embedding"][:, 3], saved["embedding"][:, 3])
+    assert "layers.1.attention.wq" in tensors
+    assert "layers.2.attention.wq" not in tensors
+
+
+def test_one_layer_of_a_stacked_array(finished, saved):
+    layer = Series(finished)[3]["layers.1.attention.wq"]
+    assert layer.shape == (8, 16)
+    np.testing.assert_array_equal(layer[...], saved["layers"]["attention"]["wq"][1])
+    np.testing.assert_array_equal(layer[2:4, -1], saved["layers"]["attention"]["wq"][1, 2:4, -1])
+
+
+def test_of_the_optimizer(finished):
+    tensors = Tensors(Series(finished).resolve("3")[0], "optimizer")
+    assert tensors["1.0.count"][()].shape == tensors["1.0.count"][...].shape == ()
+    assert tensors["1.0.mu.layers.1.attention.wq"].shape == (8, 16)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_indices_are_those_of_numpy(finished, data):
+    ends = st.none() | st.integers(-20, 20)
+    step = st.none() | st.integers(-4, 4).filter(bool)
+    parts = [st.integers(-n, n - 1) | st.builds(slice, ends, ends, step) for n in (2, 8, 16)]
+    count = data.draw(st.integers(0, 3))
+    index = [data.draw(part) for part in parts[:count]]
+    if data.draw(st.booleans()):
+        index.insert(count, Ellipsis)
+    expected = np.asarray(tiny_run.state(40, tiny_run.mesh(1))[0]["layers"]["attention"]["wq"])[tuple(index)]
+    found = Series(finished)[3][WQ][tuple(index)]
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("index", [2, -3, (0, 0, 0, 0), (slice(None), 8)])
+def test_an_index_outside(finished, index):
+    with pytest.raises(IndexError):
+        Series(finished)[3][WQ][index]
+
+
+def test_what_is_not_there_is_told_what_there_is(finished):
+    tensors = Series(finished)[3]
+    with pytest.raises(UserError, match=r"series/003: has no layers\.wq; there are .*embedding"):
+        tensors["layers.wq"]
+    message = r"has no layers\.2\.attention\.wq; the layers of layers\.attention\.wq are 0 to 1$"
+    with pytest.raises(UserError, match=message):
+        tensors["layers.2.attention.wq"]
+    assert tensors.get("layers.2.attention.wq") is None
+    with pytest.raises(UserError, match=r"@9: no such checkpoint; there are 6"):
+        Series(finished)[9]
+    with pytest.raises(UserError, match=r"@all: names 6 checkpoints, expected one"):
+        Series(finished)["all"]
+    with pytest.raises(UserError, match=r"series/003: holds no ema"):
+        Tensors(Series(finished).resolve("3")[0], "ema")
+
+
+def test_a_flipped_byte_is_named_and_only_files_that_are_read_are_looked_at(run, saved):
+    folder = run / "series" / "003" / "params" / WQ
+    files = [p for p in sorted((folder / "c").rglob("*")) if p.is_file()]
+    damaged = files[0]
+    raw = bytearray(damaged.read_bytes())
+    raw[5] ^= 16
+    damaged.write_bytes(raw)
+    name = damaged.relative_to(run / "series" / "003").as_posix()
+    tensors = Series(run)[3]
+    for _ in range(2):
+        with pytest.raises(
+            RunError, match=rf"series/003: damaged: {name} has other bytes .*\. Put back an intact copy"
+        ):
+            tensors[WQ][...]
+    np.testing.assert_array_equal(tensors["embedding"][...], saved["embedding"])
+    np.testing.assert_array_equal(tensors[WQ][:, -1, -1], saved["layers"]["attention"]["wq"][:, -1, -1])
+    unverified = Tensors(Series(run).resolve("3")[0], verify=False)
+    assert (unverified[WQ][...] != saved["layers"]["attention"]["wq"]).sum() == 1
+    damaged.unlink()
+    with pytest.raises(RunError, match=rf"damaged: {name} is missing"):
+        tensors[WQ][...]
+    with pytest.raises(RunError, match=rf"series/003: params/{WQ} cannot be read: "):
+        unverified[WQ][...]
+    (folder / "zarr.json").unlink()
+    with pytest.raises(RunError, match=rf"damaged: params/{WQ}/zarr\.json is missing"):
+        Series(run)[3][WQ][...]
+
+
+def test_a_file_is_hashed_once(run):
+    tensors = Series(run)[3]
+    before = tensors["embedding"][...]
+    for file in (run / "series/003/params/embedding/c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size - 20) + file.read_bytes()[-20:])
+    assert (tensors["embedding"][...] != before).all()
+
+
+def test_a_layer_of_a_large_stack_has_its_own_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_CHUNK_BYTES", 1024)
+    w = np.arange(4 * 16 * 32, dtype=np.float32).reshape(4, 16, 32)
+    params = {"layers": {"w": jnp.asarray(w), "small": jnp.ones((4, 8))}, "norm": np.ones(3)}
+    with SeriesWriter(tmp_path) as writer:
+        writer.save("series", params=params, optimizer=None, manifest=tiny_run.manifest("series", 0))
+    folder = tmp_path / "series/000/params"
+    assert sorted(p.name for p in (folder / "layers.w/c").iterdir()) == ["0", "1", "2", "3"]
+    assert [p.name for p in (folder / "layers.small/c").iterdir()] == ["0"]
+    for layer in (0, 1, 3):
+        for file in (folder / f"layers.w/c/{layer}").rglob("*"):
+            if file.is_file():
+                file.unlink()
+    np.testing.assert_array_equal(Series(tmp_path)[0]["layers.2.w"][...], w[2])
+
+
+def test_digests_given_to_save_are_in_the_manifest(tmp_path):
+    with SeriesWriter(tmp_path) as writer:
+        save = lambda index, digests: writer.save(  # noqa: E731
+            "series",
+            params={"w": jnp.ones(3)},
+            optimizer=None,
+            manifest=tiny_run.manifest("series", index),
+            digests=digests,
+        )
+        save(0, {"params/w": "a" * 32})
+        with pytest.raises(UserError, match=r"digests of params/v, but the arrays are params/w"):
+            save(1, {"params/v": "a" * 32})
+    (entry,) = Series(tmp_path).entries()
+    assert entry.manifest.tensors == {"params/w": {"shape": [3], "dtype": "float32", "digest": "a" * 32}}
+    assert dataclasses.replace(entry.manifest).tensors["params/w"]["digest"] == "a" * 32
