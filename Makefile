@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test lint parity lock clean
 
 setup: $(READY)
 
@@ -30,6 +30,11 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# What the tests against Hugging Face's transformers need; without it they are skipped. On Linux, PyPI's torch comes with
+# several gigabytes of CUDA unless pip finds a CPU build.
+parity: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers==4.57.6'
 
 # Exact versions for Python 3.11 and 3.12 in one file; needs uv (pip install uv).
 lock:

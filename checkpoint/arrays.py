@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import orbax.checkpoint.future
 import tensorstore
 
 from checkpoint.names import from_flat, stacked
@@ -40,12 +39,14 @@ def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
 
 
 def _start(path: Path, items: dict[str, tuple[ocp.PyTreeCheckpointHandler, dict[str, Any]]]) -> ocp.AsyncCheckpointer:
-    # If the folders cannot be made (a full disk), Orbax's other threads would wait for them for minutes, and the process
-    # with them. Both classes have this option, for their own folders.
-    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    # If the folders cannot be made (a full disk), Orbax's other threads would wait for them for minutes, and the
+    # process with them. Both classes have this option, for their own folders.
+    wait = ocp.AsyncOptions(create_directories_asynchronously=False)
     handlers: dict[str, Any] = {item: handler for item, (handler, _) in items.items()}
-    composite = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options), **handlers)
-    saver = ocp.AsyncCheckpointer(composite, async_options=options)
+    options = ocp.CompositeOptions(async_options=wait)
+    saver = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(composite_options=options, **handlers), async_options=wait
+    )
     trees = {
         item: ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(_save_args, tree))
         for item, (_, tree) in items.items()

@@ -336,8 +336,9 @@ class SeriesWriter:
         if jax.process_count() > 1:
             raise UserError(f"{manifest.name}: {jax.process_count()} processes cannot stream a checkpoint; use one")
         described = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
-        if not described or flat(from_flat(described)).keys() != described.keys():
+        if not described or any(name.startswith(f"{other}.") for name in described for other in described):
             raise UserError(f"{manifest.name}: no arrays, or one named as a part of another: {', '.join(described)}")
+        flat(from_flat(described))  # refuses what cannot be a folder
         if empty := [f"{name}: {list(x.shape)}" for name, x in described.items() if 0 in x.shape]:
             raise UserError(f"{manifest.name}: {empty[0]} holds no number; leave it out")
         tensors = {f"params/{name}": x for name, x in described.items()}

@@ -123,11 +123,12 @@ class Stream:
     def _wait(self, most: int) -> None:
         """Until at most so many bytes are on their way to the disk."""
         while self._writes and sum(size for _, size, _ in self._writes) > most:
-            file, size, future = self._writes.popleft()
+            file, size, future = self._writes[0]
             try:
                 self._files[file] = {"bytes": size, "sha256": future.result()}
-            except OSError as e:
+            except OSError as e:  # and again whenever asked, so that nobody commits without this file
                 raise self._failed(self._entry.path, e) from e
+            self._writes.popleft()
 
 
 def _write(path: Path, data: memoryview) -> str:

@@ -59,6 +59,22 @@ def test_a_newer_version_is_the_users_to_solve(full, tmp_path):
         manifest.read(tmp_path)
 
 
+def test_version_1_is_still_read(full, tmp_path):
+    body = dataclasses.asdict(full) | {"version": 1}
+    del body["origin"]
+    (tmp_path / "manifest.json").write_text(sealed(**body))
+    old = manifest.read(tmp_path)
+    assert old == dataclasses.replace(full, version=1)
+    assert old.origin is None
+
+
+def test_imported_weights_have_an_origin_digests_and_no_data(full):
+    tensors = {"params/norm": full.tensors["params/norm"] | {"digest": "e" * 32}}
+    origin = {"format": "safetensors", "files": {"a": {"bytes": 1, "sha256": "f" * 64}}}
+    imported = dataclasses.replace(full, data_sha256=None, origin=origin, tensors=tensors)
+    assert Manifest.from_json(imported.to_json()) == imported
+
+
 def test_missing_and_unknown_fields_are_named(full):
     body = dataclasses.asdict(full)
     with pytest.raises(RunError, match=r"damaged.*surprise"):

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from checkpoint.names import flat, nest, unnest
+from checkpoint.names import flat, layer_of, nest, stacked, unnest
 from errors import UserError
 
 PARAMS = {"layers": {"wq": np.ones((2, 3)), "wo": np.zeros(3)}, "norm": np.ones(1)}
@@ -77,6 +77,17 @@ def test_a_node_that_names_no_children_is_refused():
     jax.tree_util.register_pytree_with_keys(Opaque, lambda _: (((Key(), 1),), None), lambda *_: Opaque())
     with pytest.raises(UserError, match=r"<opaque>: this kind of pytree node"):
         flat(Opaque())
+
+
+def test_names_of_one_layer():
+    assert layer_of("layers.7.attention.wq") == ("layers.attention.wq", 7)
+    assert layer_of("0.mu.layers.12.norm") == ("0.mu.layers.norm", 12)
+    for name in ("layers.attention.wq", "layers.7", "layers.x7.wq", "mylayers.7.wq", "0.mu.wq", "layers.-1.wq"):
+        assert layer_of(name) is None
+    assert stacked("layers.norm")
+    assert stacked("0.mu.layers.norm")
+    assert not stacked("layers")
+    assert not stacked("embedding")
 
 
 def test_unnest_names_what_is_missing_and_what_is_too_much():

@@ -251,6 +251,9 @@ def test_a_disk_that_fills_up(tmp_path, state, monkeypatch):
         with SeriesWriter(tmp_path / "run") as writer, writer.stream(tiny_run.manifest("series", 0), shapes) as target:
             monkeypatch.setattr(stream, "_write", full)
             write_all(target, named)
+            monkeypatch.undo()
+            with pytest.raises(RunError):
+                target.tensors()  # and whoever goes on after it gets no checkpoint
 
     message = (
         r"series/000: could not be saved: .*No space left on device\. The finished checkpoints are untouched; free"

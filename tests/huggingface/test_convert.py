@@ -157,7 +157,8 @@ def test_published_folders_become_one_series(small, tmp_path, capsys):
     assert first.learning_rate == pytest.approx(3e-4 * 761 / 2000)
     assert (last.step, last.learning_rate) == (274_320, pytest.approx(3.0000000009e-5))
     assert cli("series", tmp_path / "run", "--check", "--json") == 0
-    assert [r["step"] for r in json.loads(capsys.readouterr().out)["checkpoints"]] == [762, 6096, 274_320]
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"]
+    assert [r["step"] for r in listed] == [762, 6096, 274_320]
 
 
 def test_crystals_folders_are_placed_by_phase_and_step(small, tmp_path):
