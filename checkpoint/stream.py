@@ -7,6 +7,7 @@ numbers; they are written and hashed here in one go, so that they need not be re
 import hashlib
 import itertools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,7 +55,7 @@ class Stream:
             raise failed(entry.path, e) from e
 
     def write(self, name: str, index: tuple[int, ...], array: Any) -> None:
-        """Give an array, or one layer of it, in any order. It is copied and goes to the disk in other threads.
+        """Give an array, or one layer of it, in any order. It goes to the disk in other threads: do not change it.
 
         Args:
             name: a declared one.
@@ -115,8 +116,10 @@ class Stream:
     def _put(self, file: str, part: np.ndarray, chunk: tuple[int, ...]) -> None:
         size = math.prod(chunk) * part.dtype.itemsize
         self._wait(_IN_FLIGHT - size)
-        data = np.zeros(chunk, part.dtype)
-        data[tuple(map(slice, part.shape))] = part
+        data = np.ascontiguousarray(part)
+        if part.shape != chunk:  # at an edge
+            data = np.zeros(chunk, part.dtype)
+            data[tuple(map(slice, part.shape))] = part
         future = self._pool.submit(_write, self._entry.path / file, data.reshape(-1).view(np.uint8).data)
         self._writes.append((file, size, future))
 
@@ -133,8 +136,11 @@ class Stream:
 
 def _write(path: Path, data: memoryview) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(data)
+    with open(path, "xb", buffering=0) as file:
+        left = data
+        while left:  # Linux writes at most 2 GiB at once
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())  # in this thread, beside the next part: a manifest must not outlive what it describes
     return hashlib.sha256(data).hexdigest()
 
 
