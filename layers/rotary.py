@@ -37,8 +37,12 @@ def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     Returns:
         [B, S, H, K] in x's dtype, computed in float32.
     """
-    width = 2 * cos.shape[-1]
-    turning = x[..., :width].astype(jnp.float32)
-    a, b = turning[..., 0::2], turning[..., 1::2]
-    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)
+    # Elementwise over the whole head, which fuses, where cutting it into pairs and a rest makes copies: the others turn
+    # by an angle of 0.
+    others = [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] - 2 * cos.shape[-1])]
+    cos = jnp.pad(jnp.repeat(cos, 2, axis=-1), others, constant_values=1.0)
+    sin = jnp.pad(jnp.repeat(sin, 2, axis=-1), others)
+    y = x.astype(jnp.float32)
+    first = jnp.arange(x.shape[-1]) % 2 == 0
+    partner = jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+    return (y * cos + partner * sin).astype(x.dtype)
