@@ -1,4 +1,4 @@
-"""Prompts of different lengths together: left padding moves no position (the original's shifts them, fact sheet 1.6)."""
+"""Prompts of different lengths together: left padding moves no position (the original shifts them, fact sheet 1.6)."""
 
 import dataclasses
 

@@ -212,9 +212,7 @@ def test_bad_records_are_refused_or_counted(config, tmp_path):
 
 def test_a_tokenizer_of_another_size_is_refused(config, prepared, tmp_path):
     other = dataclasses.replace(config, out=tmp_path, vocab_size=32000, tokenizer=prepared / "tokenizer.model")
-    with pytest.raises(
-        UserError, match=r"has 400 ids, and the model a vocabulary of 32000; .*--model.vocab-size 400"
-    ):
+    with pytest.raises(UserError, match=r"has 400 ids, and the model a vocabulary of 32000; .*--model.vocab-size 400"):
         prepare(other, log=quiet)
 
 
