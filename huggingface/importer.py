@@ -31,6 +31,8 @@ from training.metrics import Ledger
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
+#: What an import that was killed may leave in a run directory that it made; it is no run yet.
+_LEFT_BY_A_KILL = (".lock", "config.json.part", "series")
 _STRIP = 2**17  # elements; their temporaries fit the cache
 
 Log = Callable[[str], None]
@@ -146,7 +148,7 @@ def _target(
         if (recipe_name or every) and there != recipe:
             raise UserError(f"{run}: was made with another --recipe or --every; leave them out, or name another --run")
         recipe, model = there, model_there
-    elif run.exists() and any(p.name not in (".lock", "config.json.part") for p in run.iterdir()):
+    elif run.exists() and any(p.name not in _LEFT_BY_A_KILL for p in run.iterdir()):
         raise UserError(f"{run}: not empty and not a run directory (no config.json); give another --run directory")
     elif recipe is not None:
         model = recipe.model

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -353,6 +356,22 @@ def test_what_does_not_fit_the_run_is_refused(llama, coder, small, tmp_path):
     refused(llama, tmp_path / "new", "ends at 359", place="360", recipes=small)
     refused(llama, tmp_path / "new", "only the recipe knows", place="CrystalCoder_phase1_checkpoint_001500")
     refused(llama, tmp_path / "new", "2 numbers, but amber_7b has 1 phases", recipes=small, every=(1, 2))
+
+
+def test_a_killed_import_is_begun_again(llama, tmp_path):
+    """Killed for good while it writes; the same command then does all of it."""
+    run = tmp_path / "run"
+    words = ["import", str(llama), "--run", str(run), "--no-transformers"]
+    killed = subprocess.Popen([sys.executable, "run.py", *words], cwd=GOLDEN.parent.parent)
+    while not (run / "series").exists():
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    assert not (run / "config.json").exists()
+    assert cli(*words) == 0
+    assert [p.name for p in (run / "series").iterdir()] == ["000"]
+    assert cli("series", run, "--check") == 0
 
 
 def test_a_recipe_without_arithmetic_of_its_own_is_refused(tmp_path):
