@@ -329,7 +329,7 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     parent = None
     for entry in entries:
         m = entry.manifest
-        known = m.origin is None or m.origin["position_known"]
+        known = entry.is_placed
         row = {
             "name": m.name,
             "step": m.step if known else None,

@@ -21,6 +21,11 @@ def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
         raise UserError(f"config.json: hidden_size {embed} is not a multiple of num_attention_heads {heads}")
     # transformers 5 writes the rotary base into a dict and leaves rope_theta out.
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"config.json: rope_parameters is {rope!r}, expected a mapping")
+    base = {"rope_theta": 10000.0} | {
+        name: value for found in (config, rope) for name, value in found.items() if name == "rope_theta" and value
+    }
     fixed = {
         "num_key_value_heads": (heads, heads),  # no grouped heads
         "hidden_act": ("silu", "silu"),
@@ -29,10 +34,13 @@ def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
         "mlp_bias": (False, False),
         "tie_word_embeddings": (False, False),
         "head_dim": (embed // heads, embed // heads),
+        "quantization_config": (None, None),
     }
     require(config, fixed, "Amber")
     require(rope, {"rope_type": ("default", "default")}, "Amber")
     padding = config.get("pad_token_id")
+    if padding is not None and (not isinstance(padding, int) or isinstance(padding, bool)):
+        raise UserError(f"config.json: pad_token_id is {padding!r}, expected an id or null")
     return AmberConfig(
         vocab_size=number(config, "vocab_size", int),
         context_length=number(config, "max_position_embeddings", int),
@@ -42,7 +50,7 @@ def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
         head_dim=embed // heads,
         mlp=number(config, "intermediate_size", int),
         norm_eps=number(config, "rms_norm_eps", float),
-        rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rope_base=number(base, "rope_theta", float),
         init_std=number(config, "initializer_range", float),
         padding_id=None if padding == -1 else padding,  # early Llama configs write -1 for none
     )

@@ -123,6 +123,12 @@ class Entry:
     sha256: str
     """SHA-256 of the manifest file, hex: names the checkpoint's content."""
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether step and tokens are known; of an imported checkpoint they may not be, and then say 0."""
+        origin = self.manifest.origin
+        return origin is None or bool(origin.get("position_known"))
+
     def has(self, item: str) -> bool:
         """Whether it holds an item, "params" or "optimizer"."""
         return any(name.startswith(item + "/") for name in self.manifest.tensors)

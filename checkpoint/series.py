@@ -88,7 +88,7 @@ class Series:
         elif re.fullmatch(r"\d+", selector):
             chosen = [by_index.get(int(selector))]
         elif match := re.fullmatch(r"step=(\d+)", selector):
-            chosen = [next((e for e in entries if e.manifest.step == int(match[1])), None)]
+            chosen = [next((e for e in entries if e.manifest.step == int(match[1]) and e.is_placed), None)]
         elif re.fullmatch(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?", selector):
             bounds = [int(part) if part else None for part in selector.split(":")]
             if bounds[2:] == [0]:
@@ -350,7 +350,8 @@ class SeriesWriter:
                 yield target
                 found = target.finish()
             digests = {f"params/{name}": digest for name, digest in target.digests.items()}
-            manifest = dataclasses.replace(manifest, tensors=_described(tensors, digests), files=found)
+            origin = target.origin or manifest.origin
+            manifest = dataclasses.replace(manifest, tensors=_described(tensors, digests), files=found, origin=origin)
             try:
                 self._publish(path, manifest)
             except Exception as e:

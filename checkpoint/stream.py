@@ -1,10 +1,9 @@
 """A checkpoint written piece by piece, as `checkpoint.series.SeriesWriter.stream` hands it out.
 
 Orbax makes the folder and its own metadata (`checkpoint.arrays.declare`). The chunks of the arrays are files of plain
-numbers; they are written and hashed here in one go, so that they need not be read again to be hashed.
+numbers, written here.
 """
 
-import hashlib
 import itertools
 import math
 import os
@@ -36,9 +35,11 @@ class Stream:
 
     digests: Mapping[str, str]
     """From `checkpoint.digest`, by name; set it and they go into the manifest."""
+    origin: dict[str, Any] | None
+    """That of the manifest, if it is set."""
 
     def __init__(self, entry: Entry, failed: Callable[[Path, Exception], RunError]):
-        self.digests = {}
+        self.digests, self.origin = {}, None
         self._entry, self._failed = entry, failed
         self._declared = {
             name.partition("/")[2]: (tuple(t["shape"]), np.dtype(t["dtype"]))
@@ -46,8 +47,7 @@ class Stream:
         }
         # Parts not yet given: of a stacked array its layers, of another the whole.
         self._left = {name: set(_parts(name, shape)) for name, (shape, _) in self._declared.items()}
-        self._writes: deque[tuple[str, int, Future[str]]] = deque()
-        self._files: dict[str, dict[str, Any]] = {}
+        self._writes: deque[tuple[int, Future[None]]] = deque()
         self._pool = ThreadPoolExecutor(_THREADS, "stream")
         try:
             arrays.declare(entry.path, "params", self._declared)
@@ -104,8 +104,7 @@ class Stream:
             raise UserError(f"{self._entry.path}: is not whole, never written: {'; '.join(missing[:5])}{more}")
         self._wait(0)
         try:
-            rest = set(files.listing(self._entry.path)) - self._files.keys()
-            return self._files | files.hashes(self._entry.path, rest)
+            return files.hashes(self._entry.path, files.listing(self._entry.path))
         except OSError as e:
             raise self._failed(self._entry.path, e) from e
 
@@ -121,27 +120,26 @@ class Stream:
             data = np.zeros(chunk, part.dtype)
             data[tuple(map(slice, part.shape))] = part
         future = self._pool.submit(_write, self._entry.path / file, data.reshape(-1).view(np.uint8).data)
-        self._writes.append((file, size, future))
+        self._writes.append((size, future))
 
     def _wait(self, most: int) -> None:
         """Until at most so many bytes are on their way to the disk."""
-        while self._writes and sum(size for _, size, _ in self._writes) > most:
-            file, size, future = self._writes[0]
+        while self._writes and sum(size for size, _ in self._writes) > most:
+            _, future = self._writes[0]
             try:
-                self._files[file] = {"bytes": size, "sha256": future.result()}
+                future.result()
             except OSError as e:  # and again whenever asked, so that nobody commits without this file
                 raise self._failed(self._entry.path, e) from e
             self._writes.popleft()
 
 
-def _write(path: Path, data: memoryview) -> str:
+def _write(path: Path, data: memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb", buffering=0) as file:
         left = data
         while left:  # Linux writes at most 2 GiB at once
             left = left[file.write(left) :]
         os.fsync(file.fileno())  # in this thread, beside the next part: a manifest must not outlive what it describes
-    return hashlib.sha256(data).hexdigest()
 
 
 def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -63,10 +63,12 @@ def export_folder(
     theirs = {row.theirs: (_widest(chosen[name] for name in row.ours), row.shape) for row in table}
     dtypes = {str(d) for d, _ in theirs.values()}
     config["torch_dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    special = {}
+    special = dict((entry.manifest.origin or {}).get("special_ids", {}))
     if tokenizer:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         special = {name: i for name, i in ids.items() if i >= 0}
+    else:
+        log("the run has no tokenizer, so that the folder gets none; --tokenizer names one")
 
     def read(name: str, layer: int | None) -> np.ndarray:
         array = tensors[name][()] if layer is None else tensors[name][layer]
@@ -76,8 +78,8 @@ def export_folder(
         begin = time.monotonic()
         _copy(entry, table, theirs, read, writer, log)
         writer.text("config.json", _json(config | special))
+        writer.text("generation_config.json", _json({"_from_model_config": True, **special}))
         if tokenizer:
-            writer.text("generation_config.json", _json({"_from_model_config": True, **special}))
             for name, content in tokenizers.hf_files(tokenizer, model.context_length).items():
                 writer.text(name, content)
         described = {name: (tensors[name].shape, chosen[name]) for name in stored}
@@ -104,7 +106,7 @@ def _copy(
     def one(row: Mapped) -> None:
         parts = [read(name, row.layer) for name in row.ours]
         for name, part in zip(row.ours, parts, strict=True):
-            check_finite(f"{entry.path}: {name}", part)
+            check_finite(f"{entry.path}: {name}" + ("" if row.layer is None else f" of layer {row.layer}"), part)
         tensor = row.to_theirs(parts).astype(theirs[row.theirs][0], copy=False)
         writer.write(row.theirs, tensor)
         progress.add(tensor.nbytes)
@@ -121,10 +123,21 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+LOAD = {
+    "amber": """    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")  # no remote code
+""",
+    "crystal": """Names and layout are those of LLM360's CrystalCoder. transformers has no class for it: its published
+modelling and configuration files must be put beside the weights and named in `config.json` (`auto_map`), as in
+LLM360's own folders. Without them, this project reads it: `python run.py import FOLDER --run RUN`.
+""",
+}
+
+
 def model_card(entry: Entry, model: ModelConfig, recipe: str | None, proof: Parity, dtype: str) -> str:
     """The folder's README: what it is, and how to check it."""
     m = entry.manifest
-    known = m.origin is None or m.origin.get("position_known", False)
+    known = entry.is_placed
     date = datetime.datetime.fromtimestamp(m.wall_time, datetime.UTC).strftime("%Y-%m-%d")
     facts = {
         "architecture": f"{model.family}, {proof.parameters:,} parameters",
@@ -139,13 +152,12 @@ def model_card(entry: Entry, model: ModelConfig, recipe: str | None, proof: Pari
         "parent": f"{m.parent} ({m.parent_sha256})" if m.parent else "none",
         "configuration, SHA-256": m.config_sha256,
         "data manifest, SHA-256": m.data_sha256 or "not known",
-        "saved": f"{date} by code {m.code_version}",
+        "imported" if m.origin else "saved": f"{date} by code {m.code_version}",
     }
     if m.origin:
         facts["imported from"] = f"{m.origin['format']} folder {m.origin['folder']}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    remote = "" if model.family == "amber" else ", trust_remote_code=True"
-    note = "" if model.family == "amber" else "  # with the published modelling files put beside the weights"
+    load = LOAD[model.family]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -158,6 +170,4 @@ pipeline_tag: text-generation
 
 `parity.json` holds a digest of every tensor and what this folder's logits were compared with when it was written.
 
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote}){note}
-"""
+{load}"""

@@ -90,6 +90,8 @@ def import_folder(
         raise UserError(f"{source}/config.json: model_type is {folder.config.get('model_type')!r}, expected {kinds}")
     try:
         target = _target(folder, form, run, families, recipes, recipe, place, every)
+        if target.model.num_layers > len(folder.tensors):
+            raise UserError(f"config.json says {target.model.num_layers} layers, and there are no tensors for so many")
         table = form.tensors(target.model)
         form.check_names(table, {name: t.shape for name, t in folder.tensors.items()})
         described = _described(folder, table, target.model)
@@ -99,19 +101,27 @@ def import_folder(
     if Series(run).run.exists() and any(e.manifest.index == target.index for e in Series(run).entries()):
         raise UserError(f"{run}: has a checkpoint {target.index} already; give another --as, or remove that one")
 
+    kept: list[Path] = []
     with SeriesWriter(run) as writer:
         writer.clean()
         shapes = {name: (shape, dtype.name) for name, (shape, dtype) in described.items()}
-        with writer.stream(_manifest(target, folder), shapes) as stream:
-            begin = time.monotonic()
-            _copy(folder, form, table, described, stream.write, log)
-            written = stream.tensors()
-            seconds = {"copy": time.monotonic() - begin}
-            proof = parity.check(form, folder, target.model, described, _reader(written), transformers)
-            seconds["proof"] = time.monotonic() - begin - seconds["copy"]
-            log(proof.summary())
-            stream.digests = proof.digests
-            _keep(target, tokenizer)
+        try:
+            with writer.stream(_manifest(target), shapes) as stream, ThreadPoolExecutor(1, "hash") as pool:
+                begin = time.monotonic()
+                _copy(folder, form, table, described, stream.write, log)
+                written = stream.tensors()
+                seconds = {"copy": time.monotonic() - begin}
+                hashes = pool.submit(files.hashes, folder.path, [p.name for p in folder.files()])
+                proof = parity.check(form, folder, target.model, described, _reader(written), transformers)
+                stream.digests = proof.digests
+                stream.origin = _origin(target, folder, hashes.result())
+                seconds["proof"] = time.monotonic() - begin - seconds["copy"]
+                log(proof.summary())
+                _keep(target, tokenizer, kept)
+        except BaseException:
+            for path in kept:
+                path.unlink(missing_ok=True)
+            raise
         Ledger(run)("import", index=target.index, source=str(source), digest=proof.digest)
     return target, proof, seconds
 
@@ -141,6 +151,10 @@ def _target(
         if recipe_name is not None:
             raise UserError(f"--recipe {recipe_name}: its steps follow from data, so that it says nothing of an index")
         recipe = None
+    if recipe is None and every:
+        raise UserError("--every: only a recipe with known steps has a cadence, and this model is of none")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; give a --run directory")
     if (run / "config.json").exists():
         there, model_there = _there(run, families)
         if different := _differences(model_there, model):
@@ -152,12 +166,14 @@ def _target(
         raise UserError(f"{run}: not empty and not a run directory (no config.json); give another --run directory")
     elif recipe is not None:
         model = recipe.model
-    if place is None and published.is_published(folder.path.resolve().name):
-        place = folder.path.resolve().name
+    if place is None:
+        names = (folder.path.name, folder.path.resolve().name)  # a cache of downloads has links with the names
+        place = next((name for name in names if published.is_published(name, model.family)), None)
     if place is None:
         known = [e.manifest.index for e in Series(run).entries()] if run.exists() else []
-        return Target(run, model, recipe, max(known, default=-1) + 1, None)
-    return Target(run, model, recipe, *published.locate(place, recipe))
+        beyond = len(recipe.positions) if recipe else 0  # not in a place that another checkpoint has by right
+        return Target(run, model, recipe, max([beyond - 1, *known]) + 1, None)
+    return Target(run, model, recipe, *published.locate(place, model.family, recipe))
 
 
 def _is_known(recipe: RunConfig) -> bool:
@@ -182,11 +198,11 @@ def _there(run: Path, families: Mapping[str, Family]) -> tuple[RunConfig | None,
     """Recipe, if there is one, and model of a run that exists; only imported checkpoints may be in it."""
     try:
         value = json.loads((run / "config.json").read_text())
+        model = model_from_dict(value, families)
     except (OSError, ValueError) as e:
-        raise UserError(f"{run}/config.json: cannot be read ({e}); give another --run directory") from e
+        raise UserError(f"{run}/config.json: not that of a run ({e}); give another --run directory") from e
     if any(e.manifest.origin is None for e in Series(run).entries()):
         raise UserError(f"{run}: is a run that was trained here; give another --run directory")
-    model = model_from_dict(value, families)
     return (RunConfig.from_dict(value, families) if "recipe" in value else None), model
 
 
@@ -228,7 +244,7 @@ def _copy(
                 "different numbers"
             )
         for name, part in zip(row.ours, row.to_ours(tensor), strict=True):
-            part = part.astype(described[name][1], copy=False)
+            part = np.ascontiguousarray(part, described[name][1])
             with writing:
                 write(name, () if row.layer is None else (row.layer,), part)
         progress.add(tensor.nbytes)
@@ -283,18 +299,29 @@ def _tokenizer(source: Path, target: Target) -> Tokenizer | None:
     return tokenizer
 
 
-def _manifest(target: Target, folder: Folder) -> Manifest:
+def _origin(target: Target, folder: Folder, hashes: dict[str, Any]) -> dict[str, Any]:
+    """Where a checkpoint came from, for its manifest."""
+    names = ("bos_token_id", "eos_token_id")
+    return {
+        "format": "huggingface",
+        "folder": folder.path.resolve().name,
+        "files": hashes,
+        "position_known": target.position is not None,
+        "special_ids": {name: folder.config[name] for name in names if isinstance(folder.config.get(name), int)},
+    }
+
+
+def _manifest(target: Target) -> Manifest:
     recipe, position = target.recipe, target.position
     step, phase = (position.step, position.phase) if position else (0, 0)
     begin, chunk, rate = 0, None, 0.0
     if recipe and position:
         begin = recipe.positions[position.index - 1].step if position.index else 0
-        # A chunk is what one checkpoint follows on, where the recipe's data is cut so.
-        chunk = position.index if recipe.data.chunks is not None else None
+        if recipe.data.samples_per_chunk is not None:
+            chunk = (step - 1) // recipe.data.steps_per_chunk
         rate = float(recipe.optimizer.schedule(recipe.phase_steps)(step - 1))
     batch = recipe.data.global_batch if recipe else 0
     model = json.dumps(dataclasses.asdict(target.model), sort_keys=True)
-    hashes = files.hashes(folder.path, [p.name for p in folder.files()])
     return Manifest(
         index=target.index,
         name=checkpoint_name("series", target.index, step),
@@ -316,23 +343,18 @@ def _manifest(target: Target, folder: Folder) -> Manifest:
         learning_rate=rate,
         loss={},
         wall_time=time.time(),
-        origin={
-            "format": "huggingface",
-            "folder": folder.path.resolve().name,
-            "files": hashes,
-            "position_known": position is not None,
-        },
     )
 
 
-def _keep(target: Target, tokenizer: Tokenizer | None) -> None:
-    """Write what a run directory holds beside its checkpoints."""
+def _keep(target: Target, tokenizer: Tokenizer | None, kept: list[Path]) -> None:
+    """Write what a run directory holds beside its checkpoints, if it is not there; ``kept`` gets what was written."""
     config = target.recipe.to_dict() if target.recipe else {"model": model_to_dict(target.model)}
-    path = target.run / "config.json"
-    if not path.exists():
-        files.write_atomically(path, json.dumps(config, indent=2) + "\n")
-    for name, content in (tokenizer.files() if tokenizer else {}).items():
-        files.write_atomically(target.run / name, content)
+    wanted: dict[str, str | bytes] = {"config.json": json.dumps(config, indent=2) + "\n"}
+    wanted |= tokenizer.files() if tokenizer else {}
+    for path, content in ((target.run / name, content) for name, content in wanted.items()):
+        if not path.exists():
+            kept.append(path)
+            files.write_atomically(path, content)
 
 
 def _reader(tensors: Mapping[str, Any]) -> parity.Read:

@@ -127,7 +127,9 @@ def require(config: Mapping[str, Any], fixed: Mapping[str, Any], what: str) -> N
         what: name of the architecture in the message.
     """
     for name, (value, absent) in fixed.items():
-        if (found := config.get(name, absent)) != value:
+        found = config.get(name)
+        found = absent if found is None else found  # transformers writes null for what has its default
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
             raise UserError(f"config.json: {name} is {found!r}, and {what} has {value!r}")
 
 

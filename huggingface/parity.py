@@ -20,6 +20,7 @@ from checkpoint import digest
 from errors import RunError
 from huggingface.folder import Folder
 from huggingface.mapping import Format
+from huggingface.transformers_logits import NOT_USABLE
 from inference import layerwise
 from layers.model import ModelConfig
 
@@ -164,8 +165,11 @@ def _transformers(folder: Folder, tokens: np.ndarray, found: np.ndarray, paramet
         done = subprocess.run(
             [*command, str(inputs), str(outputs)], cwd=Path(__file__).parent.parent, capture_output=True, text=True
         )
+        if done.returncode == NOT_USABLE:
+            return {"skipped": f"it is installed but cannot be imported: {done.stderr.strip()[-300:]}"}
         if done.returncode:
-            raise RunError(f"{folder.path}: transformers cannot run it: {done.stderr.strip()[-500:]}")
+            said = done.stderr.strip()[-800:]
+            raise RunError(f"{folder.path}: transformers cannot run it; --no-transformers leaves it out: {said}")
         difference = float(np.max(np.abs(np.load(outputs) - found)))
     _refuse(folder, f"those of transformers {done.stdout.strip()}", difference, float(np.max(np.abs(found))))
     return {"version": done.stdout.strip(), "largest_difference": difference}

@@ -7,26 +7,32 @@ from collections.abc import Sequence
 from errors import UserError
 from training.config import Position, RunConfig
 
-AMBER = re.compile(r"ckpt_(\d+)")
-CRYSTAL = re.compile(r"CrystalCoder_phase([1-9])_checkpoint_(\d+)")
+#: Family -> names of its revisions.
+NAMES = {
+    "amber": re.compile(r"ckpt_([0-9]{1,6})"),
+    "crystal": re.compile(r"CrystalCoder_phase([1-9])_checkpoint_([0-9]{1,9})"),
+}
+EXAMPLES = {"amber": "ckpt_012", "crystal": "CrystalCoder_phase2_checkpoint_018000"}
 
 
-def is_published(name: str) -> bool:
+def is_published(name: str, family: str) -> bool:
     """Whether a folder's name is that of a published revision."""
-    return bool(AMBER.fullmatch(name) or CRYSTAL.fullmatch(name))
+    return bool(NAMES[family].fullmatch(name))
 
 
-def locate(place: str, recipe: RunConfig | None) -> tuple[int, Position | None]:
+def locate(place: str, family: str, recipe: RunConfig | None) -> tuple[int, Position | None]:
     """Index in the series of a checkpoint, and where in the run it lies, if the recipe is known.
 
     Args:
         place: an index, or a published name: ``ckpt_012``, ``CrystalCoder_phase2_checkpoint_018000``.
+        family: of the model.
         recipe: of the run, or None.
 
     Raises:
         UserError: it is neither, or the recipe's series has no such checkpoint.
     """
-    if match := CRYSTAL.fullmatch(place):
+    match = NAMES[family].fullmatch(place)
+    if match and family == "crystal":
         if recipe is None:
             raise UserError(f"--as {place}: which index that is, only the recipe knows; give --recipe")
         phase, step = int(match[1]) - 1, int(match[2])
@@ -38,12 +44,9 @@ def locate(place: str, recipe: RunConfig | None) -> tuple[int, Position | None]:
             f"--as {place}: the series of {recipe.recipe} has no checkpoint there (nearest in this phase: {steps}); "
             "give its cadence for each phase, for example --every 1500 1500 1000"
         )
-    match = re.fullmatch(r"(\d+)", place) or AMBER.fullmatch(place)
+    match = match or re.fullmatch(r"([0-9]{1,6})", place)
     if not match:
-        raise UserError(
-            f"--as {place}: neither an index nor a published name such as ckpt_012 or "
-            "CrystalCoder_phase2_checkpoint_018000"
-        )
+        raise UserError(f"--as {place}: neither an index nor a published name of {family}, such as {EXAMPLES[family]}")
     index = int(match[1])
     if recipe is None:
         return index, None

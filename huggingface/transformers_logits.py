@@ -7,13 +7,20 @@ A program of its own, so that torch and jax do not share a process.
 
 import sys
 
+NOT_USABLE = 3
+"""Exit code: it is installed and cannot be imported."""
+
 
 def main(folder: str, tokens: str, out: str) -> None:
     """Write float32 [B, S, V]."""
     import numpy as np
-    import torch
-    import transformers
 
+    try:
+        import torch
+        import transformers
+    except Exception as e:  # an installation may be broken in any way
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(NOT_USABLE)
     model = transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.from_numpy(np.load(tokens))).logits

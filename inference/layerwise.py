@@ -1,4 +1,4 @@
-"""Logits with one layer's weights in memory at a time, on one device: for models that are larger than the machine."""
+"""Logits with one layer's weights in memory at a time, on one CPU device: for models larger than the machine."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def logits(model: ModelConfig, read: Callable[[str, int | None], np.ndarray], to
     """
     tokens = check_tokens(tokens, model)
     one = replace(model, num_layers=1)
-    mesh = MeshConfig().build(jax.devices()[:1])
+    mesh = MeshConfig().build(jax.devices("cpu")[:1])
     names = list(flat(nnx.to_pure_dict(nnx.split(one.abstract)[1])))
     last = [n for n in names if n.split(".")[0] not in ("embedding", "layers")]
     if isinstance(one.abstract.head, TiedHead):
@@ -46,7 +46,7 @@ def logits(model: ModelConfig, read: Callable[[str, int | None], np.ndarray], to
         weights = {}
         for name in chosen:
             array = read(name, None) if layer is None else read(name, layer)[None]
-            weights[name] = jax.device_put(array.astype(np.float32, copy=False))
+            weights[name] = jax.device_put(array.astype(np.float32, copy=False), mesh.devices.flat[0])
             del array
         return jax.block_until_ready(_stage(one, mesh, what)(weights, x))
 

@@ -39,7 +39,8 @@ class Decoder(nnx.Module):
             x, cache = layer(x, region, cache, slots)
             return x, x if keep_layers else cache
 
-        return stack.run(block, self.layers, x, region, cache)
+        with region.precision():
+            return stack.run(block, self.layers, x, region, cache)
 
     def hidden(
         self,
@@ -58,12 +59,14 @@ class Decoder(nnx.Module):
 
     def logits(self, x: jax.Array, region: Region) -> jax.Array:
         """Residual stream -> float32 [B, S, V/tensor]."""
-        return self._head(region)(region.enter(self.final(x, region)))
+        with region.precision():
+            return self._head(region)(region.enter(self.final(x, region)))
 
     def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, region: Region) -> jax.Array:
         """Residual stream -> weighted sum of ``-log p(target)`` over this device's rows, float32 scalar."""
         whole = region.enter(self.final(x, region))
-        return vocabulary.cross_entropy(self._head(region), whole, targets, weights, region.loss_chunks)
+        with region.precision():
+            return vocabulary.cross_entropy(self._head(region), whole, targets, weights, region.loss_chunks)
 
     def _head(self, region: Region) -> Any:
         if isinstance(self.head, Head):

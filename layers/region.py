@@ -5,6 +5,7 @@ included (design section 7; measured reasons in the notes on parallelism). A `Re
 weights are gathered, what is rematerialised, and whether the residual stream is sharded along the sequence.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +57,10 @@ class Region:
     def dtype(self) -> jnp.dtype:
         """The compute dtype."""
         return jnp.dtype(self.compute_dtype)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Around matrix products: float32 means float32. GPUs and TPUs would else multiply it in TF32 or bfloat16."""
+        return jax.default_matmul_precision("highest") if self.compute_dtype == "float32" else contextlib.nullcontext()
 
     def prepare(self, model: M) -> M:
         """Called once per step, before any loop over microbatches: gathers all weights in mode ``once``."""

@@ -81,6 +81,11 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "chunks", "series_every_steps"):
             at_least(f"phases.{name}", getattr(self, name), 1)
+        if self.steps is not None and self.chunks is not None:
+            raise UserError(
+                f"config: a phase has steps={self.steps} and chunks={self.chunks}, and one follows from the other; set "
+                "--phases.N.chunks None, or --phases.N.steps None"
+            )
         for source, weight, start, stop in self.mixture:
             if not 0 < weight < math.inf or not 0 <= start < stop <= 1:
                 raise UserError(f"config: phases.mixture: {source}: weight {weight}, part {start} to {stop}")
@@ -390,6 +395,8 @@ def _tuple_of(item: Any, hint: Any, where: str) -> tuple[Any, ...]:
 
 
 def _fits(item: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:  # a list of the right kind is built, not checked
+        return False
     if typing.get_origin(hint) is Literal:
         return item in typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -68,6 +68,12 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         RunError: a checkpoint is corrupt, the disk is full.
     """
     config = config.resolve(data)
+    there = data.chunks * config.data.steps_per_chunk
+    if config.total_steps > there:
+        raise UserError(
+            f"data: has {data.chunks} chunks of {config.data.steps_per_chunk} steps, {there:,} in all, and the phases "
+            f"of {config.recipe} have {config.total_steps:,}; prepare more data, or set --phases.N.steps"
+        )
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
     data.check_files()
@@ -146,9 +152,16 @@ def _claim(config: RunConfig, run: Path, families: Families) -> None:
     if not path.exists():
         write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
         return
+    value = None
     try:
-        there = RunConfig.from_dict(json.loads(path.read_text()), families)
+        value = json.loads(path.read_text())
+        there = RunConfig.from_dict(value, families)
     except ValueError as e:
+        if isinstance(value, dict) and "recipe" in value and "phases" not in value:
+            raise UserError(
+                f"{run}: was begun by code in which runs had no phases yet; go on with the code_version that its "
+                "manifests name, or give another --run directory"
+            ) from e
         raise UserError(f"{path}: not a run's configuration ({e}); give another --run directory") from e
     config.check_same_run(there, run)
 

@@ -106,7 +106,7 @@ def test_few_bytes_are_in_flight(tmp_path, monkeypatch):
         writer.stream(tiny_run.manifest("series", 0), {"w": ((32, 33), "float32")}) as t,
     ):
         put, most = t._put, []
-        monkeypatch.setattr(t, "_put", lambda *a: (put(*a), most.append(sum(n for _, n, _ in t._writes)))[0])
+        monkeypatch.setattr(t, "_put", lambda *a: (put(*a), most.append(sum(n for n, _ in t._writes)))[0])
         t.write("w", (), w)
     assert 264 * 2 <= max(most) <= 1024
     np.testing.assert_array_equal(Series(tmp_path)[0]["w"][...], w)

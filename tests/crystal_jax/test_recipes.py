@@ -146,6 +146,11 @@ def test_refuses_phases_that_do_not_fit(change, message):
         dataclasses.replace(recipe, **change(recipe))
 
 
+def test_steps_and_chunks_of_one_phase_are_refused():
+    with pytest.raises(UserError, match=r"steps=3 and chunks=4, and one follows from the other; set --phases.N.chunks"):
+        dataclasses.replace(crystal_tiny().phases[0], steps=3)
+
+
 def test_a_phase_without_a_step_is_refused():
     recipe = crystal_tiny()
     phases = (*recipe.phases[:2], dataclasses.replace(recipe.phases[2], chunks=None))

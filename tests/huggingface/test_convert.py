@@ -18,6 +18,7 @@ from amber_jax.convert import FORMAT as AMBER
 from amber_jax.recipes import amber_7b, amber_tiny
 from checkpoint.names import flat
 from checkpoint.series import Series
+from checkpoint.stream import Stream
 from checkpoint.tensors import Tensors
 from crystal_jax.convert import FORMAT as CRYSTAL
 from crystal_jax.recipes import crystal_7b, crystal_tiny
@@ -85,6 +86,8 @@ def test_there_and_back_is_bit_for_bit(name, tmp_path):
         assert value.dtype == second[tensor].dtype
         np.testing.assert_array_equal(value.view(np.uint8), second[tensor].view(np.uint8))
     out = Folder(tmp_path / "hf")
+    for ids in ("config.json", "generation_config.json"):  # the folder has no tokenizer, but says these
+        assert json.loads((tmp_path / "hf" / ids).read_text())["eos_token_id"] == source.config["eos_token_id"]
     assert form.config_from_hf(out.config) == form.config_from_hf(source.config)
     assert out.tensors.keys() == {row.theirs for row in form.tensors(form.config_from_hf(source.config))}
     for tensor in out.tensors:
@@ -185,9 +188,25 @@ def test_crystals_folders_are_placed_by_phase_and_step(small, tmp_path):
     assert target.index == 54
 
 
+def test_a_folder_of_unknown_place_takes_none_that_is_anothers(small, tmp_path):
+    """Beyond the series; and its chunk, where a cadence is given, is that of its last step."""
+    target, _, _ = bring(GOLDEN / "llama-a", tmp_path / "run", small)
+    assert (target.index, target.position) == (360, None)
+    (entry,) = Series(tmp_path / "run").entries()
+    assert not entry.is_placed
+    with pytest.raises(UserError, match="no such checkpoint"):
+        Series(tmp_path / "run").resolve("step=0")
+    bring(GOLDEN / "llama-a", tmp_path / "finer", small, None, "1", (381,))
+    assert [e.manifest.chunk for e in Series(tmp_path / "finer").entries()] == [0]
+    (tmp_path / "ckpt_002").symlink_to(GOLDEN / "llama-a")
+    assert bring(tmp_path / "ckpt_002", tmp_path / "run", small)[0].index == 2
+
+
 def test_amber_7b_by_its_published_names():
-    assert published.locate("ckpt_359", amber_7b())[1].step * amber_7b().data.tokens_per_step == 1_258_448_486_400
-    assert published.locate("CrystalCoder_phase3_checkpoint_027728", crystal_7b())[0] == 142
+    assert (
+        published.locate("ckpt_359", "amber", amber_7b())[1].step * amber_7b().data.tokens_per_step == 1_258_448_486_400
+    )
+    assert published.locate("CrystalCoder_phase3_checkpoint_027728", "crystal", crystal_7b())[0] == 142
 
 
 def test_a_trained_crystal_goes_out_and_comes_back(tmp_path):
@@ -252,6 +271,15 @@ def test_a_wrong_table_of_names_is_found():
         parity.check(wrong, folder, model, shapes, read, False)
 
 
+def test_a_broken_transformers_is_left_out(tmp_path, monkeypatch):
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('half installed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    report = parity._transformers(Folder(GOLDEN / "llama-a"), np.zeros((1, 2), int), np.zeros((1, 2, 96)), 1000)
+    assert "cannot be imported: ImportError: half installed" in report["skipped"]
+
+
 def test_numbers_that_are_not_are_no_parity():
     with pytest.raises(RunError, match="nan"):
         parity._refuse(Folder(GOLDEN / "llama-a"), "x", float("nan"), 1.0)
@@ -281,6 +309,11 @@ def set_config(folder, **fields):
         (lambda f: set_config(f, model_type="crystalcoder"), "and CrystalCoder has 'swiglu'"),
         (lambda f: set_config(f, intermediate_size=80), r"gate_proj.weight' has shape \[88, 32\], expected \[80, 32\]"),
         (lambda f: set_config(f, num_hidden_layers=3), r"'model.layers.2.input_layernorm.weight' is missing"),
+        (lambda f: set_config(f, num_hidden_layers=10**9), "1000000000 layers, and there are no tensors for so many"),
+        (lambda f: set_config(f, pad_token_id="a"), "pad_token_id is 'a', expected an id or null"),
+        (lambda f: set_config(f, rope_theta="x"), "rope_theta is 'x', expected a positive float"),
+        (lambda f: set_config(f, rope_parameters="x"), "rope_parameters is 'x', expected a mapping"),
+        (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config is"),
         (lambda f: change(f, lambda t: t.pop("model.norm.weight")), "'model.norm.weight' is missing"),
         (lambda f: change(f, lambda t: t.update(extra=np.ones(2))), r"'extra' \[2\] is unknown"),
         (
@@ -354,7 +387,13 @@ def test_what_does_not_fit_the_run_is_refused(llama, coder, small, tmp_path):
     )
     refused(llama, tmp_path / "new", "neither an index nor a published name", place="first")
     refused(llama, tmp_path / "new", "ends at 359", place="360", recipes=small)
-    refused(llama, tmp_path / "new", "only the recipe knows", place="CrystalCoder_phase1_checkpoint_001500")
+    refused(coder, tmp_path / "new", "only the recipe knows", place="CrystalCoder_phase1_checkpoint_001500")
+    refused(llama, tmp_path / "new", "published name of amber", place="CrystalCoder_phase1_checkpoint_001500")
+    refused(coder, tmp_path / "new", "published name of crystal", place="ckpt_012")
+    refused(llama, tmp_path / "new", "published name of amber", place="9" * 300)
+    refused(llama, tmp_path / "new", "only a recipe with known steps has a cadence", every=(5,))
+    refused(llama, llama / "config.json", "is a file; give a --run directory")
+    refused(llama, llama, "llama/config.json: not that of a run")
     refused(llama, tmp_path / "new", "2 numbers, but amber_7b has 1 phases", recipes=small, every=(1, 2))
 
 
@@ -372,6 +411,20 @@ def test_a_killed_import_is_begun_again(llama, tmp_path):
     assert cli(*words) == 0
     assert [p.name for p in (run / "series").iterdir()] == ["000"]
     assert cli("series", run, "--check") == 0
+
+
+def test_a_failure_at_the_end_leaves_nothing(llama, tmp_path, monkeypatch):
+    """After config.json is written, when the disk fails."""
+
+    def fail(self):
+        raise RunError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "finish", fail)
+        with pytest.raises(RunError, match="the disk is gone"):
+            bring(llama, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    bring(llama, tmp_path / "run")
 
 
 def test_a_recipe_without_arithmetic_of_its_own_is_refused(tmp_path):

@@ -102,7 +102,9 @@ def test_a_config_of_another_architecture_is_refused(form, hf, change, message):
 
 
 def test_what_llamas_config_says_in_other_ways():
-    """transformers 5 moved the rotary base; early configs write -1 for no padding row."""
+    """transformers 5 moved the rotary base; early configs write -1 for no padding row, and null is the default."""
+    assert AMBER.config_from_hf(LLAMA | {"head_dim": None, "num_key_value_heads": None}) == amber_tiny().model
+    assert AMBER.config_from_hf(LLAMA | {"rope_theta": None}).rope_base == 1e4
     moved = {k: v for k, v in LLAMA.items() if k != "rope_theta"}
     moved["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e4}
     assert AMBER.config_from_hf(moved).rope_base == 5e4

@@ -93,6 +93,9 @@ def test_a_run_may_move_to_another_mesh_but_not_to_another_recipe(tiny, tmp_path
         (("execution", "remat"), "some", "execution.remat is 'some'"),
         (("mesh", "colour"), 1, r"config.mesh has fields \['colour'"),
         (("data",), 3, "config.data has fields int"),
+        (("phases",), 5, "config.phases is 5"),
+        (("phases",), [5], "config.phases.0 has fields int"),
+        (("phases", 0, "mixture"), [["x", 1.0]], "config.phases.0.mixture.0 is"),
         (("model",), 3, "not a mapping of fields with a model in it"),
     ],
 )

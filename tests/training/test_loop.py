@@ -24,7 +24,7 @@ from errors import RunError, UserError
 from layers import params
 from parallel.mesh import MeshConfig
 from training import loop
-from training.config import Family
+from training.config import Family, PhaseConfig
 from training.metrics import read_lines
 from training.optimizer import AdamWConfig
 
@@ -197,6 +197,21 @@ def test_a_signal_saves_and_leaves(tiny, tmp_path, monkeypatch, number):
     assert signal.getsignal(number) == before
     assert Series(tmp_path / "run").newest().manifest.step == outcome.step
     assert read_lines(tmp_path / "run" / "ledger.jsonl")[-1]["reason"] == "interrupted"
+
+
+def test_phases_longer_than_the_data_are_refused_before_anything_is_written(tiny, tmp_path):
+    longer = dataclasses.replace(tiny, phases=(PhaseConfig(steps=1000),))
+    with pytest.raises(UserError, match="the phases of amber_tiny have 1,000; prepare more data"):
+        train(longer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_phases_says_so(tiny, tmp_path):
+    old = tiny.to_dict()
+    del old["phases"], old["loss_over"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="was begun by code in which runs had no phases yet"):
+        train(tiny, tmp_path)
 
 
 def test_another_recipe_is_refused(reference, tiny, tmp_path):
