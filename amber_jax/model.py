@@ -7,7 +7,7 @@ from flax import nnx
 from amber_jax.config import AmberConfig
 from layers import attention, rotary, stack, vocabulary
 from layers.attention import Cache, Slots
-from layers.decoder import Decoder
+from layers.decoder import Block, Decoder
 from layers.mlp import SwiGLU
 from layers.norms import RMSNorm
 from layers.params import param
@@ -40,23 +40,15 @@ class Attention(nnx.Module):
         return region.leave(jnp.einsum("bshk,hkd->bsd", out, self.wo[...])), cache
 
 
-class Block(nnx.Module):
-    """Pre-norm decoder layer."""
-
-    def __init__(self, config: AmberConfig, key: jax.Array):
-        norm1, attention_key, norm2, mlp = jax.random.split(key, 4)
-        self.attention_norm = RMSNorm(config.embed, config.norm_eps, norm1)
-        self.attention = Attention(config, attention_key)
-        self.mlp_norm = RMSNorm(config.embed, config.norm_eps, norm2)
-        self.mlp = SwiGLU(config.embed, config.mlp, jax.nn.initializers.normal(config.init_std), mlp)
-
-    def __call__(
-        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Residual stream and cache in and out."""
-        y, cache = self.attention(self.attention_norm(x), region, cache, slots)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x), region), cache
+def block(config: AmberConfig, key: jax.Array) -> Block:
+    """One decoder layer."""
+    norm1, attention_key, norm2, mlp = jax.random.split(key, 4)
+    return Block(
+        RMSNorm(config.embed, config.norm_eps, norm1),
+        Attention(config, attention_key),
+        RMSNorm(config.embed, config.norm_eps, norm2),
+        SwiGLU(config.embed, config.mlp, jax.nn.initializers.normal(config.init_std), mlp),
+    )
 
 
 def build(config: AmberConfig, key: jax.Array) -> Decoder:
@@ -65,7 +57,7 @@ def build(config: AmberConfig, key: jax.Array) -> Decoder:
     embedding, layers, norm, head = jax.random.split(key, 4)
     return Decoder(
         vocabulary.Embedding(config.vocab_size, config.embed, init, embedding, config.padding_id, multiplier=1.0),
-        stack.stack(lambda k: Block(config, k), config.num_layers, layers),
+        stack.stack(lambda k: block(config, k), config.num_layers, layers),
         RMSNorm(config.embed, config.norm_eps, norm),
         vocabulary.Head(config.embed, config.vocab_size, init, head),
     )

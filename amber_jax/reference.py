@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from huggingface.reference import causal_softmax, reader, silu
 
 
 def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -26,11 +26,7 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
         UserError: a tensor has another shape than the config says.
     """
 
-    def tensor(name: str, *shape: int) -> np.ndarray:
-        value = read(name)
-        if value.shape != shape:
-            raise UserError(f"{name!r} has shape {list(value.shape)}, but config.json says {list(shape)}")
-        return value.astype(np.float32, copy=False)
+    tensor = reader(read)
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
@@ -45,12 +41,11 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
             for part in "qkv"
         )  # [B, H, S, K]
         scores = _rotate(q, base) @ _rotate(k, base).swapaxes(2, 3) / q.shape[3] ** 0.5
-        out = _causal_softmax(scores) @ v
+        out = causal_softmax(scores) @ v
         return linear(out.swapaxes(1, 2).reshape(x.shape), f"{name}.o_proj", embed, embed)
 
     def mlp(x: np.ndarray, name: str) -> np.ndarray:
-        gate = linear(x, f"{name}.gate_proj", embed, inner)
-        gate *= np.exp(-np.logaddexp(0, -gate))  # silu
+        gate = silu(linear(x, f"{name}.gate_proj", embed, inner))
         gate *= linear(x, f"{name}.up_proj", embed, inner)
         return linear(gate, f"{name}.down_proj", inner, embed)
 
@@ -72,9 +67,3 @@ def _rotate(x: np.ndarray, base: float) -> np.ndarray:
     angle = np.outer(positions, 1 / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / width))  # [S, K/2]
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
-
-
-def _causal_softmax(scores: np.ndarray) -> np.ndarray:
-    scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)

@@ -1,7 +1,6 @@
 """CrystalCoder's architecture as numbers."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -17,18 +16,6 @@ class CrystalConfig(ModelConfig):
 
     family: ClassVar[str] = "crystal"
 
-    vocab_size: int
-    """Rows of the embedding, which is the head too."""
-    context_length: int
-    """Longest sequence, in tokens."""
-    num_layers: int
-    embed: int
-    """Width of the residual stream."""
-    num_heads: int
-    head_dim: int
-    """Scores are divided by this, not by its root."""
-    mlp: int
-    """Inner width of the SwiGLU."""
     norm_eps: float
     rope_base: float
     rotary_dims: int
@@ -43,24 +30,13 @@ class CrystalConfig(ModelConfig):
     """Standard deviation of the embedding at the start; the other matrices follow from it by muP."""
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "context_length", "num_layers", "embed", "num_heads", "head_dim", "mlp"):
-            if getattr(self, field) < 1:
-                raise UserError(f"model: {field}={getattr(self, field)} must be at least 1")
+        super().__post_init__()
         if self.rotary_dims % 2 or not 0 < self.rotary_dims <= self.head_dim:
             raise UserError(
                 f"model: rotary_dims={self.rotary_dims} must be even, positive and at most head_dim={self.head_dim}"
             )
-        positive = (
-            "norm_eps",
-            "rope_base",
-            "embedding_multiplier",
-            "output_multiplier",
-            "width_multiplier",
-            "init_std",
-        )
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"model: {name}={getattr(self, name)} must be positive and finite")
+        multipliers = ("embedding_multiplier", "output_multiplier", "width_multiplier")
+        self.check_positive("norm_eps", "rope_base", *multipliers, "init_std")
 
     @property
     def kernel_std(self) -> float:
@@ -77,19 +53,3 @@ class CrystalConfig(ModelConfig):
         from crystal_jax.model import build  # the model imports this file for its type
 
         return build(self, key)
-
-    @property
-    def cache_shape(self) -> tuple[int, int]:
-        """(heads, head width)."""
-        return self.num_heads, self.head_dim
-
-    @property
-    def attention_width(self) -> int:
-        """Heads times head width."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Attention and MLP matrices, and the embedding, which multiplies as the head."""
-        per_layer = 4 * self.embed * self.attention_width + 3 * self.embed * self.mlp
-        return self.num_layers * per_layer + self.embed * self.vocab_size

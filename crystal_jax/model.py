@@ -7,7 +7,7 @@ from flax import nnx
 from crystal_jax.config import CrystalConfig
 from layers import attention, rotary, stack, vocabulary
 from layers.attention import Cache, Slots
-from layers.decoder import Decoder
+from layers.decoder import Block, Decoder
 from layers.norms import LayerNorm
 from layers.params import Initializer, constant, param
 from layers.region import Region
@@ -73,23 +73,15 @@ class MLP(nnx.Module):
         return region.leave(jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...]), self.down_bias[...])
 
 
-class Block(nnx.Module):
-    """Pre-norm decoder layer."""
-
-    def __init__(self, config: CrystalConfig, key: jax.Array):
-        norm1, attention_key, norm2, mlp = jax.random.split(key, 4)
-        self.attention_norm = LayerNorm(config.embed, config.norm_eps, norm1)
-        self.attention = Attention(config, attention_key)
-        self.mlp_norm = LayerNorm(config.embed, config.norm_eps, norm2)
-        self.mlp = MLP(config, mlp)
-
-    def __call__(
-        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Residual stream and cache in and out."""
-        y, cache = self.attention(self.attention_norm(x), region, cache, slots)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x), region), cache
+def block(config: CrystalConfig, key: jax.Array) -> Block:
+    """One decoder layer."""
+    norm1, attention_key, norm2, mlp = jax.random.split(key, 4)
+    return Block(
+        LayerNorm(config.embed, config.norm_eps, norm1),
+        Attention(config, attention_key),
+        LayerNorm(config.embed, config.norm_eps, norm2),
+        MLP(config, mlp),
+    )
 
 
 def build(config: CrystalConfig, key: jax.Array) -> Decoder:
@@ -98,7 +90,7 @@ def build(config: CrystalConfig, key: jax.Array) -> Decoder:
     init = truncated_normal(config.init_std)
     return Decoder(
         vocabulary.Embedding(config.vocab_size, config.embed, init, embedding, None, config.embedding_multiplier),
-        stack.stack(lambda k: Block(config, k), config.num_layers, layers),
+        stack.stack(lambda k: block(config, k), config.num_layers, layers),
         LayerNorm(config.embed, config.norm_eps, norm),
         vocabulary.TiedHead(config.output_multiplier * config.width_multiplier),
     )

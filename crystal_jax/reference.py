@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from huggingface.reference import causal_softmax, reader, silu
 
 
 def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -27,11 +27,7 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
         UserError: a tensor has another shape than the config says.
     """
 
-    def tensor(name: str, *shape: int) -> np.ndarray:
-        value = read(name)
-        if value.shape != shape:
-            raise UserError(f"{name!r} has shape {list(value.shape)}, but config.json says {list(shape)}")
-        return value.astype(np.float32, copy=False)
+    tensor = reader(read)
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         x = x - np.mean(x, axis=-1, keepdims=True)
@@ -45,13 +41,12 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
         qkv = linear(x, f"{name}.c_attn", embed, 3 * embed)
         q, k, v = (y.reshape(*tokens.shape, heads, -1).swapaxes(1, 2) for y in np.split(qkv, 3, axis=-1))
         scores = _rotate(q, rotary) @ _rotate(k, rotary).swapaxes(2, 3) / q.shape[3]
-        out = _causal_softmax(scores) @ v
+        out = causal_softmax(scores) @ v
         return linear(out.swapaxes(1, 2).reshape(x.shape), f"{name}.c_proj", embed, embed)
 
     def mlp(x: np.ndarray, name: str) -> np.ndarray:
         up = linear(x, f"{name}.c_fc", embed, inner)
-        gate = linear(x, f"{name}.c_fc2", embed, inner)
-        gate *= np.exp(-np.logaddexp(0, -gate))  # silu
+        gate = silu(linear(x, f"{name}.c_fc2", embed, inner))
         return linear(up * gate, f"{name}.c_proj", inner, embed)
 
     vocab, embed, heads = config["vocab_size"], config["n_embd"], config["n_head"]
@@ -72,9 +67,3 @@ def _rotate(x: np.ndarray, width: int) -> np.ndarray:
     a, b = x[..., 0:width:2], x[..., 1:width:2]
     pairs = np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
     return np.concatenate([pairs.reshape(*a.shape[:3], width), x[..., width:]], axis=-1)
-
-
-def _causal_softmax(scores: np.ndarray) -> np.ndarray:
-    scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)

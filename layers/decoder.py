@@ -11,11 +11,29 @@ from layers.region import Region
 from layers.vocabulary import Embedding, Head, TiedHead
 
 
+class Block(nnx.Module):
+    """Pre-norm decoder layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, attention_norm: Any, attention: Any, mlp_norm: Any, mlp: Any):
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Residual stream and cache in and out."""
+        y, cache = self.attention(self.attention_norm(x), region, cache, slots)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x), region), cache
+
+
 class Decoder(nnx.Module):
     """Embedding, a stack of blocks, a norm and a head; methods are per-shard mathematics, for the manual region."""
 
     def __init__(self, embedding: Embedding, layers: nnx.Module, norm: nnx.Module, head: Head | TiedHead):
-        """``layers`` is a stack (`layers.stack`) of blocks ``(x, region, cache, slots) -> (x, cache)``."""
+        """``layers`` is a stack (`layers.stack`) of `Block`."""
         self.embedding = embedding
         self.layers = layers
         self.norm = norm

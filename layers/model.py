@@ -3,11 +3,13 @@
 import abc
 import dataclasses
 import functools
+import math
 from typing import ClassVar
 
 import jax
 from flax import nnx
 
+from errors import UserError
 from layers import params
 from layers.decoder import Decoder
 
@@ -20,27 +22,47 @@ class ModelConfig(abc.ABC):
     """Name of the architecture in files: ``amber`` or ``crystal``."""
 
     vocab_size: int
+    """Rows of the embedding, and logits of a position."""
     context_length: int
+    """Longest sequence, in tokens."""
     num_layers: int
+    embed: int
+    """Width of the residual stream."""
+    num_heads: int
+    head_dim: int
+    mlp: int
+    """Inner width of the SwiGLU."""
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "context_length", "num_layers", "embed", "num_heads", "head_dim", "mlp"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model: {field}={getattr(self, field)} must be at least 1")
+
+    def check_positive(self, *fields: str) -> None:
+        """Refuse fields that are not positive and finite (UserError)."""
+        for name in fields:
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model: {name}={getattr(self, name)} must be positive and finite")
 
     @abc.abstractmethod
     def build(self, key: jax.Array) -> Decoder:
         """A new model, its weights a pure function of this config and ``key``."""
 
     @property
-    @abc.abstractmethod
     def cache_shape(self) -> tuple[int, int]:
         """(heads, head width) of the key/value cache."""
+        return self.num_heads, self.head_dim
 
     @property
-    @abc.abstractmethod
-    def matmul_parameters(self) -> int:
-        """Parameters that multiply every token: all but the embedding table and the norms."""
-
-    @property
-    @abc.abstractmethod
     def attention_width(self) -> int:
         """Heads times head width."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply every token: the matrices of attention, MLP and head, a tied one too."""
+        per_layer = 4 * self.embed * self.attention_width + 3 * self.embed * self.mlp
+        return self.num_layers * per_layer + self.embed * self.vocab_size
 
     @functools.cached_property
     def abstract(self) -> Decoder:
