@@ -98,7 +98,7 @@ def import_folder(
     except UserError as e:
         raise UserError(f"{source}: {e}") from e
     tokenizer = _tokenizer(source, target)
-    if Series(run).run.exists() and any(e.manifest.index == target.index for e in Series(run).entries()):
+    if run.exists() and any(e.manifest.index == target.index for e in Series(run).entries()):
         raise UserError(f"{run}: has a checkpoint {target.index} already; give another --as, or remove that one")
 
     kept: list[Path] = []
