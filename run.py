@@ -533,7 +533,7 @@ def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
     """The tokenizer of a file or folder, checked against the model; None if it need not be there and is not."""
     from data import tokenizer as tokenizers
 
-    if not needed and not any((path / name).exists() for name in (tokenizers.MODEL, tokenizers.JSON)):
+    if not needed and not tokenizers.files_in(path):
         return None
     tokenizer = tokenizers.load(path)
     tokenizer.check_fits(model.vocab_size)

@@ -21,13 +21,7 @@ def nest(tree: Any) -> dict[str, Any]:
     Raises:
         UserError: a key that cannot be a folder name, two nodes with one name, or a bare array.
     """
-    root: dict[str, Any] = {}
-    for path, leaf in _paths(tree):
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return root
+    return from_flat(flat(tree))
 
 
 def unnest(target: Any, nested: Mapping[str, Any]) -> Any:

@@ -9,10 +9,10 @@ from layers import attention, rotary, stack, vocabulary
 from layers.attention import Cache, Slots
 from layers.decoder import Block, Decoder
 from layers.norms import LayerNorm
-from layers.params import Initializer, constant, param
+from layers.params import Initializer, param
 from layers.region import Region
 
-ZERO = constant(0.0)
+ZERO = jax.nn.initializers.zeros
 
 
 def truncated_normal(std: float) -> Initializer:

@@ -109,6 +109,11 @@ class Tokenizer:
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The tokenizer files of a folder, the one that `load` takes first; empty if it has none."""
+    return [folder / name for name in (MODEL, JSON) if (folder / name).is_file()]
+
+
 def load(path: str | Path) -> Tokenizer:
     """Return the tokenizer of a `.model`, a `tokenizer.json`, or a folder (a run, prepared data, Hugging Face's).
 
@@ -118,7 +123,7 @@ def load(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path
     if path.is_dir():
-        found = [path / name for name in (MODEL, JSON) if (path / name).is_file()]
+        found = files_in(path)
         if not found:
             raise UserError(f"{path}: has no tokenizer: neither {MODEL} nor {JSON}; name the file or another folder")
         file = found[0]

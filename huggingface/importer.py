@@ -287,12 +287,11 @@ def _bits(tensor: np.ndarray) -> np.ndarray:
 
 def _tokenizer(source: Path, target: Target) -> Tokenizer | None:
     """The folder's tokenizer, if it has one. Raises UserError where it is of another vocabulary, or not the run's."""
-    names = (tokenizers.MODEL, tokenizers.JSON)
-    if not any((source / name).exists() for name in names):
+    if not tokenizers.files_in(source):
         return None
     tokenizer = tokenizers.load(source)
     tokenizer.check_fits(target.model.vocab_size)
-    if any((target.run / name).exists() for name in names):
+    if tokenizers.files_in(target.run):
         there = tokenizers.load(target.run)
         if there.sha256 != tokenizer.sha256:
             raise UserError(f"{source}: its tokenizer is not that of {target.run}; name another --run, or remove it")

@@ -90,7 +90,7 @@ def check(
 
     def read_ours(name: str, layer: int | None) -> np.ndarray:
         array = read(name, layer)
-        ours.add(name, array, (layer or 0) * array.size, _strides(array.shape))
+        ours.add(name, array, (layer or 0) * array.size)
         return array
 
     tokens = (np.arange(_ROWS * min(_LENGTH, model.context_length)) * 7919 + 13).reshape(_ROWS, -1) % model.vocab_size
@@ -126,7 +126,7 @@ class _Digests:
         self._lanes: dict[str, np.ndarray] = {}
         self._seen: set[tuple[str, int]] = set()
 
-    def add(self, name: str, part: np.ndarray, offset: int, strides: tuple[int, ...]) -> None:
+    def add(self, name: str, part: np.ndarray, offset: int, strides: tuple[int, ...] | None = None) -> None:
         if (name, offset) in self._seen:
             return
         self._seen.add((name, offset))
@@ -135,10 +135,6 @@ class _Digests:
 
     def finish(self) -> dict[str, str]:
         return {n: digest.finish(n, shape, dtype, self._lanes[n]) for n, (shape, dtype) in self._described.items()}
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
 
 
 def _refuse(folder: Folder, what: str, difference: float, largest: float) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from layers.params import constant, param
+from layers.params import param
 
 
 class RMSNorm(nnx.Module):
@@ -13,7 +13,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, key: jax.Array):
         self.eps = eps
-        self.scale = param(constant(1.0), key, (width,), ("norm",))
+        self.scale = param(jax.nn.initializers.ones, key, (width,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
@@ -27,8 +27,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, key: jax.Array):
         self.eps = eps
-        self.scale = param(constant(1.0), key, (width,), ("norm",))
-        self.bias = param(constant(0.0), key, (width,), ("norm",))
+        self.scale = param(jax.nn.initializers.ones, key, (width,), ("norm",))
+        self.bias = param(jax.nn.initializers.zeros, key, (width,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""

@@ -33,11 +33,6 @@ def param(init: Initializer, key: jax.Array, shape: Sequence[int], axes: Sequenc
     return nnx.Param(init(key, tuple(shape), jnp.float32), axes=tuple(axes), sizes=tuple(shape))
 
 
-def constant(value: float) -> Initializer:
-    """Initializer of a constant: 1 for norm gains, 0 for biases."""
-    return jax.nn.initializers.constant(value)
-
-
 def _axes(p: nnx.Variable) -> tuple[str, ...]:
     axes = p.get_metadata("axes")
     stacked = len(p.shape) - len(axes)
@@ -46,11 +41,6 @@ def _axes(p: nnx.Variable) -> tuple[str, ...]:
 
 def _is_param(x: Any) -> bool:
     return isinstance(x, nnx.Param)
-
-
-def logical_axes(module: nnx.Module) -> dict[str, Any]:
-    """Nested dict like the parameters, each leaf the logical axes of its dimensions."""
-    return _map(_axes, module)
 
 
 def stored_axes(p: nnx.Variable, degrees: Mapping[str, int]) -> tuple[str, ...]:
@@ -67,14 +57,10 @@ def _uneven(p: nnx.Variable, degree: int) -> int | None:
     return next((d - len(axes) for d, name in enumerate(axes) if name == "mlp" and sizes[d] % degree), None)
 
 
-def _map(f: Callable[[nnx.Param], Any], module: nnx.Module) -> dict[str, Any]:
-    _, state = nnx.split(module)
-    return jax.tree.map(f, nnx.to_pure_dict(state, extract_fn=lambda p: p), is_leaf=_is_param)
-
-
 def shardings(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
     """Nested dict like the parameters, each leaf its NamedSharding on ``mesh``."""
-    return _map(lambda p: mesh_axes.sharding(mesh, *stored_axes(p, mesh.shape)), module)
+    pure = nnx.to_pure_dict(nnx.split(module)[1], extract_fn=lambda p: p)
+    return jax.tree.map(lambda p: mesh_axes.sharding(mesh, *stored_axes(p, mesh.shape)), pure, is_leaf=_is_param)
 
 
 def specs(shardings: Any) -> Any:
