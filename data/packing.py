@@ -1,24 +1,36 @@
 """The order of all data, as arithmetic: no I/O, no state, and no library's random generator.
 
-The documents of a source, each followed by `</s>`, are one stream of tokens. Window k of the stream is tokens
-[k*(S+1), (k+1)*(S+1)): windows do not overlap and a shorter last one is dropped (fact sheet 3.2). `Layout` says which
-window is read where (fact sheet 3.3). The originals drew validation and order from unseeded or restart-dependent
+The documents of a source, each followed by `</s>`, are one stream of tokens. Window k of the stream is S+1 tokens from
+k*(S+1) on, where windows do not overlap (Amber, fact sheet 3.2), or from k*S on, where neighbours share a token
+(Crystal, fact sheet 3.5); a shorter last one is dropped. Some windows are held out for validation; the others, in
+order, are the source's training windows 0, 1, 2, ... `Layout` says which window is read where (fact sheet 3.3),
+`data.mixture` says the same for mixtures. The originals drew validation and order from unseeded or restart-dependent
 generators; here both are functions of a seed, and their definition is short enough to be written again anywhere.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from errors import UserError
 
-ORDER = "argsort of splitmix64(blake2b64(json(key)) + (i+1)*0x9E3779B97F4A7C15), version 1"  # recorded in manifests
+#: The formulas of this module, recorded in manifests. A change of them, or of those of data.mixture, is a new version.
+ORDER = (
+    "key_i = splitmix64(blake2b64(json(key)) + (i+1)*0x9E3779B97F4A7C15); permutation = argsort of keys; "
+    "shuffle = 8 Feistel rounds l, r = r, (l + splitmix64(key_round + (r+1)*0x9E3779B97F4A7C15)) % m on i = l*m + r, "
+    "m = ceil(sqrt(n)), walked until below n; version 2"
+)
 _BLOCK = 1 << 20  # keys made at a time where not all are kept
+_PIECE = 1 << 16  # elements shuffled at a time, so that what is computed stays in the processor's cache
+_ROUNDS = 8
+_Windows = TypeVar("_Windows", int, np.ndarray)
 
 
 def sort_keys(n: int, *key: int | str, start: int = 0) -> np.ndarray:
@@ -31,8 +43,12 @@ def sort_keys(n: int, *key: int | str, start: int = 0) -> np.ndarray:
     Each line is a bijection, so keys never tie.
     """
     text = json.dumps(key, separators=(",", ":")).encode("ascii")
-    state = np.uint64(int.from_bytes(blake2b(text, digest_size=8).digest(), "little"))
-    z = state + np.arange(start + 1, start + n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _splitmix64(int.from_bytes(blake2b(text, digest_size=8).digest(), "little"), n, start)
+
+
+def _splitmix64(state: int, n: int, start: int = 0) -> np.ndarray:
+    """Return uint64[n], the numbers start .. start+n-1 of splitmix64's sequence from a state."""
+    z = np.uint64(state) + np.arange(start + 1, start + n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -52,6 +68,135 @@ def inverse(perm: np.ndarray) -> np.ndarray:
     result = np.empty_like(perm)
     result[perm] = np.arange(len(perm), dtype=perm.dtype)
     return result
+
+
+class Shuffle:
+    """A keyed permutation of 0 .. n-1, computed both ways without writing it down, for 1 <= n <= 2**40.
+
+    A balanced Feistel network of 8 rounds over pairs of numbers below m, the smallest m with m*m >= n. Its round keys
+    are k = sort_keys(8, *key), and F_k(x) is number x of splitmix64's sequence from state k, modulo m: with the mixing
+    of `sort_keys`, mix(k + (x+1) * 0x9E3779B97F4A7C15) % m. Then at(i) is::
+
+        while True:
+            l, r = i // m, i % m
+            for k in sort_keys(8, *key):
+                l, r = r, (l + F_k(r)) % m
+            i = l * m + r
+            if i < n:  # else walk on along the cycle; seldom, as m*m is hardly larger than n
+                return i
+
+    Position i of the shuffled order holds element at(i), and inverse(at(i)) = i. Takes a table of 8*m numbers, made at
+    the first use: 1 MiB for n = 2**28, 64 MiB for n = 2**40.
+    """
+
+    def __init__(self, n: int, *key: int | str) -> None:
+        """Shuffle n elements by a key as in `sort_keys`."""
+        if not 1 <= n <= 1 << 40:
+            raise ValueError(f"cannot shuffle {n} elements: 1 to 2**40")
+        self.n = n
+        self.key = key
+        self._side = np.uint64(math.isqrt(n - 1) + 1)
+
+    def __len__(self) -> int:
+        return self.n
+
+    @cached_property
+    def _tables(self) -> np.ndarray:
+        """uint64[8, m]: F of each round."""
+        return np.stack([_splitmix64(int(k), int(self._side)) % self._side for k in sort_keys(_ROUNDS, *self.key)])
+
+    def at(self, i: int | np.ndarray) -> np.ndarray:
+        """Return the elements at positions i, int64 of i's shape; IndexError outside 0 .. n-1."""
+        check_range("position", i, self.n)
+        return self._walk(i, self._forward)
+
+    def inverse(self, j: int | np.ndarray) -> np.ndarray:
+        """Return the positions of elements j, int64 of j's shape; IndexError outside 0 .. n-1."""
+        check_range("element", j, self.n)
+        return self._walk(j, self._backward)
+
+    def _walk(self, numbers: int | np.ndarray, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        result = np.array(numbers, np.uint64, order="C")
+        flat = result.reshape(-1)  # a view: result is a contiguous copy of ours
+        for start in range(0, len(flat), _PIECE):
+            piece = flat[start : start + _PIECE]
+            piece[:] = network(piece)
+            outside = np.flatnonzero(piece >= self.n)
+            while len(outside):
+                piece[outside] = network(piece[outside])
+                outside = outside[piece[outside] >= self.n]
+        return result.view(np.int64)
+
+    def _forward(self, numbers: np.ndarray) -> np.ndarray:
+        left = numbers // self._side
+        right = numbers - left * self._side
+        for table in self._tables:
+            moved = left + table[right.view(np.int64)]
+            left, right = right, np.minimum(moved, moved - self._side)  # modulo m: what is negative wraps to the top
+        return left * self._side + right
+
+    def _backward(self, numbers: np.ndarray) -> np.ndarray:
+        left = numbers // self._side
+        right = numbers - left * self._side
+        for table in self._tables[::-1]:
+            moved = right - table[left.view(np.int64)]
+            left, right = np.minimum(moved, moved + self._side), left
+        return left * self._side + right
+
+
+def windows_in(tokens: int, sequence_length: int, overlap: int = 0) -> int:
+    """Return how many windows of sequence_length + 1 tokens, neighbours sharing `overlap`, a stream holds whole."""
+    window = sequence_length + 1
+    return 0 if tokens < window else (tokens - window) // _stride(sequence_length, overlap) + 1
+
+
+def window_start(window: _Windows, sequence_length: int, overlap: int = 0) -> _Windows:
+    """Return where in the stream windows begin, in tokens."""
+    return window * _stride(sequence_length, overlap)
+
+
+def tokens_in(windows: int, sequence_length: int, overlap: int = 0) -> int:
+    """Return the tokens of the shortest stream that holds so many windows, at least 1."""
+    return window_start(windows - 1, sequence_length, overlap) + sequence_length + 1
+
+
+def _stride(sequence_length: int, overlap: int) -> int:
+    if not 0 <= overlap <= sequence_length:
+        raise ValueError(f"overlap {overlap} is outside 0..{sequence_length}")
+    return sequence_length + 1 - overlap
+
+
+def training_window(k: int | np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Return the windows that are training windows k, int64 of k's shape.
+
+    held_out: int64[V], sorted: the windows held out for validation.
+    """
+    # The k-th window that is not held out is k + (how many are held out at or before it).
+    return k + np.searchsorted(held_out - np.arange(len(held_out)), k, side="right")
+
+
+def training_number(window: int | np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Return which training windows windows are, int64 of window's shape, -1 where held out: undoes training_window."""
+    before = np.searchsorted(held_out, window)
+    is_held_out = np.searchsorted(held_out, window, side="right") > before
+    return np.where(is_held_out, -1, window - before)
+
+
+def split_samples(total: int, weights: Sequence[float]) -> list[int]:
+    """Return `total` shared out in proportion to positive weights: whole numbers that add up to it.
+
+    By largest remainder: each gets the whole part of its exact share total * weight / sum(weights), and those with the
+    largest fractions one more; of equal fractions the earlier.
+    """
+    if total < 0 or not weights or not all(0 < w < math.inf for w in weights):
+        raise ValueError(f"cannot split {total} samples by weights {list(weights)}")
+    exact = [Fraction(w) for w in weights]
+    shares = [total * w / sum(exact) for w in exact]
+    counts = [int(s) for s in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda j: counts[j] - shares[j])  # stable: ties by position
+    for j in by_remainder[: total - sum(counts)]:
+        counts[j] += 1
+    return counts
 
 
 def validation_windows(n: int, count: int, seed: int, source: str) -> np.ndarray:
@@ -106,18 +251,26 @@ class Layout:
 
     @classmethod
     def of(
-        cls, tokens: Sequence[tuple[str, int]], *, sequence_length: int, validation: int, chunks: int, seed: int
+        cls,
+        tokens: Sequence[tuple[str, int]],
+        *,
+        sequence_length: int,
+        validation: int,
+        chunks: int,
+        seed: int,
+        overlap: int = 0,
     ) -> "Layout":
-        """Return the layout of sources given as (name, tokens in its stream).
+        """Return the layout of sources given as (name, tokens in its stream); windows as in `windows_in`.
 
         Raises UserError for a source with fewer than `validation + chunks` windows of sequence_length + 1 tokens.
         """
         sources = []
         for name, count in tokens:
-            windows = count // (sequence_length + 1)
+            windows = windows_in(count, sequence_length, overlap)
             if windows < validation + chunks:
+                needed = tokens_in(validation + chunks, sequence_length, overlap)
                 raise UserError(
-                    f"source {name}: {count:,} tokens found, {(validation + chunks) * (sequence_length + 1):,} needed "
+                    f"source {name}: {count:,} tokens found, {needed:,} needed "
                     f"({validation} validation + {chunks} chunks, one window of {sequence_length + 1} tokens each at "
                     "the least); add documents, or lower chunks, validation_per_source or sequence_length"
                 )
@@ -139,7 +292,7 @@ class Layout:
 
     def window_of(self, chunk: int, position: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source index, window), int64 of position's shape, of the samples at positions of one chunk."""
-        _check_range("chunk", chunk, self.chunks)
+        check_range("chunk", chunk, self.chunks)
         element = permutation(self.samples_per_chunk, self.seed, chunk)[position]
         ends = np.cumsum([s.per_chunk for s in self.sources])
         source = np.searchsorted(ends, element, side="right")
@@ -147,27 +300,27 @@ class Layout:
         k = chunk + self.chunks * (element - starts[source])
         window = np.empty_like(k)
         for j, held_out in enumerate(self.validation):
-            # The k-th window that is not held out is k + (how many are held out at or before it).
-            before = np.searchsorted(held_out - np.arange(len(held_out)), k, side="right")
-            window = np.where(source == j, k + before, window)
+            window = np.where(source == j, training_window(k, held_out), window)
         return source, window
 
     def place_of(self, source: int, window: int) -> tuple[int, int] | Literal["validation", "unused"]:
         """Return the (chunk, position) where a window is read, or why it is not read: the inverse of window_of."""
-        _check_range("source", source, len(self.sources))
-        s, held_out = self.sources[source], self.validation[source]
-        _check_range(f"window of source {s.name}", window, s.windows)
+        check_range("source", source, len(self.sources))
+        s = self.sources[source]
+        check_range(f"window of source {s.name}", window, s.windows)
         if window >= s.validation + self.chunks * s.per_chunk:
             return "unused"
-        before = int(np.searchsorted(held_out, window))
-        if before < len(held_out) and held_out[before] == window:
+        k = int(training_number(window, self.validation[source]))
+        if k < 0:
             return "validation"
-        k = window - before
         chunk = k % self.chunks
         element = sum(other.per_chunk for other in self.sources[:source]) + k // self.chunks
         return chunk, int(inverse(permutation(self.samples_per_chunk, self.seed, chunk))[element])
 
 
-def _check_range(what: str, value: int, stop: int) -> None:
-    if not 0 <= value < stop:
-        raise IndexError(f"{what} {value} is outside 0..{stop - 1}")
+def check_range(what: str, values: int | np.ndarray, stop: int) -> None:
+    """Raise IndexError, naming `what` and the first wrong value, unless all values are in 0 .. stop-1."""
+    values = np.asarray(values)
+    outside = (values < 0) | (values >= stop)
+    if outside.any():
+        raise IndexError(f"{what} {values[outside].flat[0]} is outside 0..{stop - 1}")
