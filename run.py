@@ -63,23 +63,43 @@ Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Documents to tokens to packed samples to mixed chunks with a manifest."""
+    """Documents to tokens to packed samples to mixed chunks with a manifest; or checks, converts, or estimates that."""
 
     config: Config
-    out: Path
-    """Data directory to make."""
+    out: Path | None = None
+    """Data directory to make, to go on with, or to check."""
     source: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=PATH, repeatable. PATH: folder, file or glob of text, .jsonl[.gz|.zst] or .parquet; or embedded:stdlib,
-    embedded:topics, embedded:docstrings, embedded:packages."""
+    """NAME=PATH, repeatable. PATH: folder, file or glob of text, .jsonl[.gz|.zst] or .parquet, also as a URL such as
+    s3://bucket/folder; or embedded:stdlib, embedded:topics, embedded:docstrings, embedded:packages."""
+    text_field: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=FIELD, repeatable: the field or column of a source that holds the text, if not `text` or `content`."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=LABEL, repeatable: what published rows call a source, if not by its name."""
     tokenizer: Path | None = None
     """SentencePiece .model, tokenizer.json, or a folder with one; a small one is trained on the sources if none is
     given."""
+    compat: Literal["none", "original"] = "none"
+    """original: also the quirks of CrystalCoder's own tools that change tokens."""
     on_bad: Literal["fail", "skip"] = "fail"
     """A document that cannot be read: stop and name it, or count it and go on."""
     max_mb_per_source: float | None = None
     """Read at most this many megabytes (1e6 bytes) of text from each source."""
+    engine: Literal["local", "beam"] = "local"
+    """What does the work: processes of this machine, or Apache Beam. Does not change the result."""
     workers: int = 2
-    """Tokenising processes; does not change the result."""
+    """Processes of the local engine."""
+    runner: str = "DirectRunner"
+    """Beam's runner, for example FlinkRunner, SparkRunner, DataflowRunner."""
+    runner_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE, repeatable: an option of Beam's runner, for example flink_master=localhost:8081."""
+    from_published: Path | None = None
+    """Convert this folder of AmberDatasets' or CrystalCoderDatasets' files instead of preparing sources."""
+    to: Literal["arrayrecord", "jsonl"] = "arrayrecord"
+    """jsonl: write the chunks in LLM360's published form too, in OUT/published."""
+    check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read all of OUT again and compare it with its manifest; statistics of each source and chunk."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only say what would come out, by arithmetic; needs no data."""
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -90,7 +110,9 @@ class Train:
 
     config: Config
     data: str
-    """Data directory made by `prepare`, or `synthetic` for random tokens without files."""
+    """Data directory made by `prepare`, LLM360's published files, or `synthetic` for random tokens without files."""
+    mixture: str | None = None
+    """SOURCE=WEIGHT,…: read prepared data in other shares of its sources, for example code=0.8,prose=0.2."""
     run: Path | None = None
     """Run directory; may be left out with --data synthetic, which then only times steps and writes nothing."""
     steps: int | None = None
@@ -211,6 +233,53 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trace:
+    """From a step to the documents in it, or from a document or text to the steps and checkpoints that had seen it."""
+
+    dir: tyro.conf.Positional[Path]
+    """Run directory, or data directory."""
+    step: int | None = None
+    """What this step of the run read (0 is the first)."""
+    row: int | None = None
+    """Only this row of the step's batch."""
+    chunk: int | None = None
+    """With --position: what this sample of the data set is."""
+    position: int | None = None
+    """See --chunk."""
+    document: str | None = None
+    """Where this document went: FILE, FILE:LINE, or SOURCE/FILE:LINE as the other queries print it."""
+    text: str | None = None
+    """Where this text (three words or more) went; reads all chunks."""
+    max: int = 20
+    """Stop after so many samples that hold the text."""
+    data: Path | None = None
+    """Data directory of the run, if it is no longer where it was."""
+    global_batch: int | None = None
+    """Samples in a step, to name steps where only a data directory is given."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixtures:
+    """Train the same model on several mixtures of one prepared data set, and compare the loss on each source."""
+
+    config: Config
+    data: Path
+    """Data directory made by `prepare`."""
+    run: Path
+    """Directory for the runs, one below it for each mixture."""
+    mixture: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """SOURCE=WEIGHT,…, repeatable: for example code=0.8,prose=0.2."""
+    steps: int | None = None
+    """Train each for so many steps; by default as many as the data set has."""
+    simulate: int | None = None
+    """Train on this many simulated CPU devices."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """The whole story on this machine in minutes: real text, training, a kill, another mesh, the series, text."""
 
@@ -232,72 +301,235 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def prepare(args: Prepare) -> dict[str, Any]:
+def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
     """Verb `prepare`."""
-    from data.prepare import PrepareConfig
+    from data import outline
     from data.prepare import prepare as prepare_data
-    from data.sources import SourceSpec
 
-    data, model = args.config.data, args.config.model
-    if not args.source:
-        raise UserError("prepare: no source; give --source NAME=PATH at least once, for example code=embedded:stdlib")
-    if args.max_mb_per_source is not None and not 1e-6 <= args.max_mb_per_source < math.inf:
-        raise UserError(f"--max-mb-per-source {args.max_mb_per_source}: must be a positive number of megabytes")
-    if data.chunks is None:
-        raise UserError(f"prepare: {args.config.recipe} leaves the number of chunks open; set --data.chunks")
-    manifest = prepare_data(
-        PrepareConfig(
-            recipe=args.config.recipe,
-            out=args.out,
-            sources=tuple(SourceSpec.parse(s) for s in args.source),
-            sequence_length=data.sequence_length,
-            vocab_size=model.vocab_size,
-            chunks=data.chunks,
-            validation_per_source=data.validation_per_source,
-            seed=data.seed,
+    config = args.config
+    if args.dry_run:
+        sizes = _outline(args)
+        if not args.json:
+            print("\n".join(outline.lines(sizes)))
+        return sizes, 0
+    if args.out is None:
+        raise UserError("prepare: --out DIR is missing; only --dry-run works without one")
+    if args.check:
+        return _check(args.out, _engine(args), args.json)
+    if args.from_published is not None:
+        from data.convert import from_published
+
+        manifest = from_published(
+            _published(args.from_published, config),
+            args.out,
+            recipe=config.recipe,
+            samples_per_chunk=config.data.samples_per_chunk or 100 * config.data.global_batch,
             tokenizer=args.tokenizer,
-            on_bad=args.on_bad,
-            max_bytes_per_source=None if args.max_mb_per_source is None else int(args.max_mb_per_source * 1e6),
-            workers=args.workers,
-        ),
-        log=note,
-    )
-    result = {
+            engine=_engine(args),
+            log=note,
+        )
+    else:
+        manifest = prepare_data(_prepare_config(args, args.out), log=note)
+    written = outline.shares(manifest, config.phases[0].mixture)
+    result: dict[str, Any] = {
         "data": str(args.out),
-        "chunks": manifest.chunks,
-        "samples_per_chunk": manifest.samples_per_chunk,
+        "chunks": len(manifest.chunk_files),
+        "samples": [p.samples for p in manifest.phases],
+        "samples_per_chunk": [p.samples_per_chunk for p in manifest.phases],
         "sequence_length": manifest.sequence_length,
         "vocab_size": manifest.vocab_size,
-        "tokens_in_chunks": manifest.chunks * manifest.samples_per_chunk * (manifest.sequence_length + 1),
+        "tokens_in_chunks": sum(p.samples for p in manifest.phases) * (manifest.sequence_length + 1),
+        "sources": written,
         "manifest_sha256": manifest.sha256,
     }
+    if args.to == "jsonl":
+        from data.convert import to_jsonl
+
+        result["published"] = str(to_jsonl(args.out, args.out / "published", _engine(args), note))
     if not args.json:
+        print("\n".join(outline.share_lines(written)))
+        sizes = ", ".join(f"{p.samples:,}" for p in manifest.phases)
         print(
-            f"{args.out}: {manifest.chunks} chunks of {manifest.samples_per_chunk} samples of "
-            f"{manifest.sequence_length}+1 tokens, manifest {manifest.sha256[:12]}"
+            f"{args.out}: {len(manifest.chunk_files)} chunks with {sizes} samples of {manifest.sequence_length}+1 "
+            f"tokens, manifest {manifest.sha256[:12]}"
+        )
+    return result, 0
+
+
+def _sources(args: Prepare) -> tuple[Any, ...]:
+    """The sources that were named, with what else was said of them."""
+    from data.sources import SourceSpec
+
+    specs = {s.name: s for s in map(SourceSpec.parse, args.source)}
+    if len(specs) < len(args.source):
+        raise UserError("prepare: a --source name was given twice; give each source its own name")
+    for flag, field, words in (("--text-field", "text_field", args.text_field), ("--label", "label", args.label)):
+        for word in words:
+            name, _, value = word.partition("=")
+            if name not in specs or not value:
+                raise UserError(f"{flag} {word}: write NAME=VALUE, NAME one of the sources: {', '.join(specs)}")
+            specs[name] = dataclasses.replace(specs[name], **{field: value})
+    return tuple(dataclasses.replace(s, bos=s.name in args.config.data.bos_sources) for s in specs.values())
+
+
+def _engine(args: Prepare) -> Any:
+    from data.engines import Beam, Local
+
+    if args.engine == "local":
+        return Local(args.workers)
+    return Beam((f"--runner={args.runner}", *(f"--{option}" for option in args.runner_option)))
+
+
+def _plan(args: Prepare) -> dict[str, Any]:
+    """What a recipe says of its layout, as fields of a PrepareConfig."""
+    from data.prepare import PhasePlan
+
+    data = args.config.data
+    if data.layout == "chunks":
+        if data.chunks is None:
+            raise UserError(f"prepare: {args.config.recipe} leaves the number of chunks open; set --data.chunks")
+        return {"layout": "chunks", "chunks": data.chunks}
+    per_chunk = data.samples_per_chunk or 100 * data.global_batch  # a file of whole batches, rather small
+    phases = tuple(
+        PhasePlan(
+            parts=p.mixture,
+            samples=p.steps * data.global_batch if p.steps else None,
+            chunks=p.chunks,
+            samples_per_chunk=None if p.chunks else per_chunk,
+        )
+        for p in args.config.phases
+    )
+    return {"layout": "mixture", "phases": phases, "file_samples": data.file_samples}
+
+
+def _outline(args: Prepare) -> dict[str, Any]:
+    """The sizes of the data that a recipe would have, and of the sources that are there."""
+    from data import outline
+
+    config, data = args.config, args.config.data
+    shape = {"sequence_length": data.sequence_length, "global_batch": data.global_batch}
+    result: dict[str, Any] = {"recipe": config.recipe}
+    if data.layout == "chunks" and config.phases[0].mixture:
+        result |= outline.chunks(
+            config.phases[0].mixture,
+            chunks=outline.known_samples(data.chunks, "the number of chunks (--data.chunks)"),
+            samples_per_chunk=outline.known_samples(data.samples_per_chunk, "--data.samples-per-chunk"),
+            validation=data.validation_per_source,
+            seed=data.seed,
+            **shape,
+        )
+    elif data.layout == "mixture" and all(p.steps for p in config.phases):
+        result |= outline.phases([(p.mixture, (p.steps or 0) * data.global_batch) for p in config.phases], **shape)
+    if args.source:
+        result["files"] = outline.files(_sources(args))
+    if len(result) == 1:
+        raise UserError(
+            f"--dry-run: the sizes of {config.recipe} depend on its sources; give --source to count their files, or "
+            "use a recipe that states its sizes, such as amber_7b or crystal_7b"
         )
     return result
 
 
+def _prepare_config(args: Prepare, out: Path) -> Any:
+    from data.prepare import PrepareConfig
+
+    data = args.config.data
+    if not args.source:
+        raise UserError("prepare: no source; give --source NAME=PATH at least once, for example code=embedded:stdlib")
+    if args.max_mb_per_source is not None and not 1e-6 <= args.max_mb_per_source < math.inf:
+        raise UserError(f"--max-mb-per-source {args.max_mb_per_source}: must be a positive number of megabytes")
+    return PrepareConfig(
+        recipe=args.config.recipe,
+        out=out,
+        sources=_sources(args),
+        sequence_length=data.sequence_length,
+        overlap=data.overlap,
+        vocab_size=args.config.model.vocab_size,
+        validation_per_source=data.validation_per_source,
+        seed=data.seed,
+        original=args.compat == "original",
+        tokenizer=args.tokenizer,
+        on_bad=args.on_bad,
+        max_bytes_per_source=None if args.max_mb_per_source is None else int(args.max_mb_per_source * 1e6),
+        engine=_engine(args),
+        **_plan(args),
+    )
+
+
+def _check(out: Path, engine: Any, as_json: bool) -> tuple[dict[str, Any], int]:
+    """Check a data directory; the code is 1 if anything is wrong with it."""
+    from data.check import check
+
+    statistics, problems = check(out, engine, note)
+    if not as_json:
+        print(
+            f"{'source':16} {'documents':>12} {'tokens':>16} {'bytes/token':>12} {'unknown':>9} {'empty':>7} {'bad':>7}"
+        )
+        for name, s in statistics["sources"].items():
+            ratio = "-" if s["bytes_per_token"] is None else f"{s['bytes_per_token']:.3f}"
+            print(
+                f"{name:16} {s['documents']:>12,} {s['tokens']:>16,} {ratio:>12} {s['unknown']:>9,} {s['empty']:>7,} "
+                f"{s['bad']:>7,}"
+            )
+        twice = statistics["duplicates"]
+        print(f"{twice['documents']:,} documents repeat one of {twice['texts']:,} texts")
+        for one, other in twice["named"]:
+            print(f"  {one} = {other}")
+        print(f"{out}: {'every file is as its manifest says' if not problems else f'{len(problems)} problems'}")
+    for problem in problems:
+        note(f"error: {problem}")
+    return {**statistics, "problems": problems}, 1 if problems else 0
+
+
+def open_data(path: Path, config: RunConfig) -> Any:
+    """The data set of a folder: prepared by us, or LLM360's files as they were published."""
+    from data.chunks import MANIFEST
+    from data.loader import ChunkedData
+    from data.published import is_published
+
+    if not (path / MANIFEST).exists() and is_published(path):
+        return _published(path, config)
+    return ChunkedData(path)
+
+
+def _prepared(data: Any) -> Any:
+    """The data set, if it is one that we prepared."""
+    from data.loader import ChunkedData
+
+    if not isinstance(data, ChunkedData):
+        raise UserError("this needs data in our own format; convert published files with prepare --from-published")
+    return data
+
+
+def _published(path: Path, config: RunConfig) -> Any:
+    """LLM360's published files in a folder, read as the recipe reads its data."""
+    from data.published import PublishedAmber, PublishedCrystal, is_published
+
+    data = config.data
+    shape = {"sequence_length": data.sequence_length, "vocab_size": config.model.vocab_size, "seed": data.seed}
+    if is_published(path) == "jsonl":
+        return PublishedAmber(path, **shape, lines=data.samples_per_chunk)  # known: no need to count them all first
+    if is_published(path) == "hdf5":
+        samples = [p.steps * data.global_batch if p.steps else None for p in config.phases]
+        return PublishedCrystal(path, [p.mixture for p in config.phases], samples, **shape)
+    raise UserError(f"{path}: has neither train_000.jsonl … (AmberDatasets) nor .h5 files (CrystalCoderDatasets)")
+
+
 def train(args: Train) -> tuple[dict[str, Any], int]:
     """Verb `train`."""
-    from data.loader import ChunkedData, SyntheticData
+    from data.mixed import MixedData
     from training import loop
 
     _simulate(args.simulate)
     config = args.config
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
+    data: Any
     if args.data == "synthetic":
-        d = config.data
-        data: Any = SyntheticData(
-            vocab_size=config.model.vocab_size,
-            sequence_length=d.sequence_length,
-            chunks=d.chunks or 1,
-            # A timed run needs its steps; of a run that is kept, the data must not depend on --steps.
-            samples_per_chunk=d.samples_per_chunk or max(100, 0 if args.run else args.steps or 0) * d.global_batch,
-            seed=d.seed,
-        )
+        if args.mixture is not None:
+            raise UserError("train: --mixture is of a prepared data set's sources; synthetic data has none")
+        # A timed run needs its steps; of a run that is kept, the data must not depend on --steps.
+        data = config.synthetic(max(100, 0 if args.run else args.steps or 0))
         if args.run is None:
             steps = args.steps or 10
             timing = loop.time_steps(config, data, steps, lambda n: note(f"step {n + 1}/{steps}"))
@@ -305,7 +537,9 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
                 print("\n".join(f"{k:32} {v}" for k, v in timing.items()))
             return timing, 0
     else:
-        data = ChunkedData(Path(args.data))
+        data = open_data(Path(args.data), config)
+        if args.mixture is not None:
+            data = MixedData.parse(_prepared(data), args.mixture)
     if args.run is None:
         raise UserError("train: --run DIR is missing; only --data synthetic works without one")
     outcome = loop.train(config, args.run, data, families(), stop_at=args.steps)
@@ -480,6 +714,47 @@ def export(args: Export) -> dict[str, Any]:
     }
 
 
+def trace(args: Trace) -> dict[str, Any]:
+    """Verb `trace`."""
+    from training import trace as provenance
+
+    asked = [name for name in ("step", "chunk", "document", "text") if getattr(args, name) is not None]
+    if len(asked) != 1 or (args.chunk is None) != (args.position is None):
+        raise UserError("trace: ask one thing: --step N [--row R], --chunk C --position P, --document ID, or --text T")
+    tracer = provenance.RunTracer(args.dir, families(), data=args.data, global_batch=args.global_batch)
+    if args.document is not None:
+        found = tracer.document(args.document)
+        text = provenance.document_lines(found)
+    else:
+        if args.step is not None:
+            found = tracer.step(args.step, args.row)
+        elif args.chunk is not None and args.position is not None:
+            found = [tracer.sample(args.chunk, args.position)]
+        else:
+            found = tracer.text(args.text or "", args.max)
+        text = provenance.lines(found)
+    if not args.json:
+        print("\n".join(text) or "nothing found")
+    return {"dir": str(args.dir), "documents" if args.document is not None else "samples": found}
+
+
+def mixtures(args: Mixtures) -> dict[str, Any]:
+    """Verb `mixtures`."""
+    from data.loader import ChunkedData
+    from data.mixed import MixedData
+    from training import mixtures as experiment
+
+    _simulate(args.simulate)
+    if len(set(args.mixture)) < 2:
+        raise UserError("mixtures: give --mixture SOURCE=WEIGHT,… at least twice, to compare them")
+    data = ChunkedData(args.data)
+    views = {text: MixedData.parse(data, text) for text in args.mixture}
+    rows = experiment.compare(args.config, args.run, views, families(), args.steps, note)
+    if not args.json:
+        print("\n".join(experiment.table(rows)))
+    return {"data": str(args.data), "runs": rows}
+
+
 def run_demo(args: Demo) -> dict[str, Any]:
     """Verb `demo`."""
     import demo
@@ -548,6 +823,8 @@ VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "prepare": (Prepare, True, prepare),
     "train": (Train, True, train),
     "series": (SeriesArgs, False, series),
+    "trace": (Trace, False, trace),
+    "mixtures": (Mixtures, True, mixtures),
     "logits": (Logits, False, logits),
     "generate": (Generate, False, generate),
     "import": (Import, False, import_hf),

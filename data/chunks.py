@@ -2,31 +2,36 @@
 
     DATA/manifest.json                     written last: without it there is no data set
     DATA/tokenizer.model
-    DATA/chunks/000.arrayrecord …          one chunk each, samples in training order
+    DATA/chunks/000.arrayrecord …          one chunk each, samples in training order, numbered through all phases
     DATA/validation/NAME.arrayrecord       the held-out windows of a source, in stream order
     DATA/index/NAME.…                      where each document of a source's stream begins (`index.py`)
 
-A record is the sample's S+1 token ids, little-endian uint16 (uint32 when the vocabulary has more than 65,536 ids).
-ArrayRecord with one record per group keeps a checksum of each record, so a flipped byte is found when it is read.
+A record is the sample's S+1 token ids, little-endian uint16 (uint32 when the vocabulary has more than 65,536 ids). Of
+a sample whose targets are not just the ids that follow, or do not all count, it is S inputs, S targets and S bits of
+loss mask (first position in the lowest bit). ArrayRecord with one record per group keeps a checksum of each record, so
+a flipped byte is found when it is read.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from data.packing import ORDER, Layout, SourceWindows
+from data.mixture import Mixture, Part
+from data.packing import ORDER, Layout, SourceWindows, validation_windows
+from data.sample import PhaseSamples, Sample
 from errors import RunError, UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had one phase, no masks and another document index
 MANIFEST = "manifest.json"
 
 
@@ -87,20 +92,33 @@ class FileRecord:
             raise RunError(f"{root / self.file}: SHA-256 differs from the manifest; restore it or prepare again")
 
 
-def write_samples(path: Path, stream: np.ndarray, windows: np.ndarray, tokens: int) -> None:
-    """Write the given windows of `tokens` ids of a source's stream, in that order, as one record file."""
-    write_mixed_samples(path, [stream], np.zeros(len(windows), np.int64), windows, tokens)
+def encode(sample: Sample, dtype: np.dtype) -> bytes:
+    """Return the record of one sample."""
+    if sample.is_window:
+        return sample.tokens.astype(dtype).tobytes()
+    mask = np.packbits(sample.weights.astype(bool), bitorder="little")
+    return sample.inputs.astype(dtype).tobytes() + sample.targets.astype(dtype).tobytes() + mask.tobytes()
 
 
-def write_mixed_samples(
-    path: Path, streams: list[np.ndarray], source: np.ndarray, windows: np.ndarray, tokens: int
-) -> None:
-    """Write, for each i, window windows[i] of streams[source[i]] as record i."""
+def decode(record: bytes, sequence_length: int, dtype: np.dtype) -> Sample:
+    """Return the sample of a record; ValueError when it has no such length."""
+    s, size = sequence_length, dtype.itemsize
+    if len(record) == (s + 1) * size:
+        return Sample.of_tokens(np.frombuffer(record, dtype))
+    if len(record) != 2 * s * size + -(-s // 8):
+        raise ValueError(f"{len(record)} bytes, which are no sample of {s} tokens of {size} bytes")
+    inputs, targets = np.frombuffer(record, dtype, 2 * s).astype(np.int32).reshape(2, s)
+    bits = np.unpackbits(np.frombuffer(record, np.uint8, offset=2 * s * size), count=s, bitorder="little")
+    return Sample(inputs, targets, bits.astype(np.float32))
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> None:
+    """Write one record file, whole or not at all."""
     with written(path) as part:
         try:
             writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
-            for j, w in zip(source.tolist(), windows.tolist()):
-                writer.write(streams[j][w * tokens : (w + 1) * tokens].tobytes())
+            for record in records:
+                writer.write(record)
             writer.close()
         except RuntimeError as error:  # what the writer makes of a full disk
             raise OSError(str(error)) from error
@@ -109,34 +127,30 @@ def write_mixed_samples(
 class SampleFile:
     """A record file opened for reading. Raises RunError when it is missing or does not hold the samples it should."""
 
-    def __init__(self, root: Path, record: FileRecord, *, tokens: int, vocab_size: int):
+    def __init__(self, root: Path, record: FileRecord, *, sequence_length: int, vocab_size: int):
         record.check_size(root)
         self.path = root / record.file
-        self._samples, self._tokens, self._vocab_size = record.samples, tokens, vocab_size
+        self._samples, self._sequence_length, self._vocab_size = record.samples, sequence_length, vocab_size
         self._reader = ArrayRecordReader(str(self.path))
         # The reader's constructor reports nothing: a file that it cannot open has no records.
         if not self._reader.ok() or self._reader.num_records() != record.samples:
             raise RunError(f"{self.path}: not a readable record file of {record.samples} samples; restore it")
 
-    def read(self, position: int) -> np.ndarray:
-        """Return int32[S+1]; RunError names the file and position of a corrupt record."""
+    def read(self, position: int) -> Sample:
+        """Return one sample; RunError names the file and position of a corrupt record."""
         if not 0 <= position < self._samples:
             raise IndexError(f"{self.path}: position {position} is outside 0..{self._samples - 1}")
         try:
             (record,) = self._reader.read([position])
-        except RuntimeError as error:
+            sample = decode(record, self._sequence_length, token_dtype(self._vocab_size))
+        except (RuntimeError, ValueError) as error:
             raise RunError(f"{self.path}: sample {position} is corrupt ({error}); restore the file") from error
-        dtype = token_dtype(self._vocab_size)
-        if len(record) != self._tokens * dtype.itemsize:
+        highest = max(sample.inputs.max(), sample.targets.max())
+        if highest >= self._vocab_size:
             raise RunError(
-                f"{self.path}: sample {position} has {len(record)} bytes, not {self._tokens} tokens of {dtype.itemsize}"
+                f"{self.path}: sample {position} holds id {highest}, outside the vocabulary of {self._vocab_size}"
             )
-        ids = np.frombuffer(record, dtype)
-        if ids.max() >= self._vocab_size:
-            raise RunError(
-                f"{self.path}: sample {position} holds id {ids.max()}, outside the vocabulary of {self._vocab_size}"
-            )
-        return ids.astype(np.int32)
+        return sample
 
 
 @dataclass(frozen=True)
@@ -152,20 +166,37 @@ class SourceRecord:
     """What was read from one source and what became of it."""
 
     name: str
+    label: str  # what published rows call it
     location: str  # as it was given
     documents: int
     empty: int  # documents left out because they have no text
     bad: int  # records left out because they cannot be read
     bad_named: tuple[str, ...]  # the first few of them
     bytes: int  # UTF-8 bytes of text
-    tokens: int  # with one end-of-document token per document
+    tokens: int  # with the tokens that end (and perhaps begin) each document
+    unknown: int  # of those, tokens of single bytes above 127: text that the vocabulary has no piece for
     windows: int
     validation: int
-    per_chunk: int
-    unused: int  # windows at the end of the stream that no chunk takes
+    per_chunk: int  # in the layout "chunks", else 0
+    unused: int  # in the layout "chunks": windows at the end of the stream that no chunk takes
     tail_tokens: int  # tokens after the last whole window
     validation_file: FileRecord
-    index_files: tuple[FileRecord, ...]  # offsets, ids, frame starts
+    index_files: tuple[FileRecord, ...]  # offsets, lines, hashes, files; none for published rows
+
+    @property
+    def training_windows(self) -> int:
+        """Windows that are not held out for validation."""
+        return self.windows - self.validation
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What one phase reads, in files of samples_per_chunk samples (the last may have fewer)."""
+
+    parts: tuple[Part, ...]  # its mixture, in the layout "mixture"
+    samples: int
+    samples_per_chunk: int
+    chunk_files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -174,37 +205,74 @@ class DataManifest:
 
     format: int
     recipe: str
-    config_sha256: str  # of everything `prepare` was asked for, except where to write and with how many workers
+    config_sha256: str  # of everything `prepare` was asked for, except where to write and with what engine
     sequence_length: int
+    overlap: int  # tokens that neighbouring windows of a stream share
     vocab_size: int
     dtype: str
     seed: int
-    order: str  # the formula of `packing.sort_keys`
-    chunks: int
-    samples_per_chunk: int
-    tokenizer: TokenizerRecord
+    order: str  # the formulas of `packing`
+    layout: Literal["chunks", "mixture"]  # fact sheet 3.3, or 3.4
+    file_samples: int  # windows that count as one file, for halves
+    compat: Literal["none", "original"]  # whether the originals' quirks that change tokens were reproduced
+    published: tuple[str, ...]  # of converted data: the published file of each chunk, if each chunk is one
+    tokenizer: TokenizerRecord | None  # None: converted data came without one
     sources: tuple[SourceRecord, ...]
-    chunk_files: tuple[FileRecord, ...]
+    phases: tuple[PhaseRecord, ...]
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
-            raise ValueError(f"format {self.format}, this program reads {FORMAT}; use the version that wrote it")
+            raise ValueError(f"format {self.format}, this program reads {FORMAT}; prepare the data again")
         if self.order != ORDER:
             raise ValueError(f"order {self.order!r}, this program knows {ORDER!r}; use the version that wrote it")
         if self.dtype != token_dtype(self.vocab_size).name:
             raise ValueError(f"dtype {self.dtype} does not fit a vocabulary of {self.vocab_size}")
-        if len(self.chunk_files) != self.chunks:
-            raise ValueError(f"{len(self.chunk_files)} chunk files are listed for {self.chunks} chunks")
-        if {f.samples for f in self.chunk_files} != {self.samples_per_chunk}:
-            raise ValueError(f"not every chunk file has samples_per_chunk = {self.samples_per_chunk} samples")
-        if self.layout.samples_per_chunk != self.samples_per_chunk:
-            raise ValueError(f"the sources' per_chunk do not add up to samples_per_chunk = {self.samples_per_chunk}")
+        if self.layout == "chunks" and len(self.phases) != 1:
+            raise ValueError(f"{len(self.phases)} phases: the layout 'chunks' has one")
+        for n, (record, phase) in enumerate(zip(self.phases, self.phase_samples)):
+            counts = [f.samples for f in record.chunk_files]
+            first = phase.first_chunk
+            if counts != [phase.chunk_samples(c) for c in range(first, first + phase.chunks)]:
+                raise ValueError(f"phases[{n}]: chunk_files do not hold {phase.samples} samples as they should")
+        if self.layout == "chunks" and self.chunk_layout.samples_per_chunk != self.phases[0].samples_per_chunk:
+            raise ValueError("the sources' per_chunk do not add up to samples_per_chunk")
 
     @cached_property
-    def layout(self) -> Layout:
-        """Which window stands where."""
+    def phase_samples(self) -> tuple[PhaseSamples, ...]:
+        """The phases as a run reads them."""
+        found, first = [], 0
+        for record in self.phases:
+            phase = PhaseSamples(first, record.samples, record.samples_per_chunk, carry=self.layout == "mixture")
+            found.append(phase)
+            first += phase.chunks
+        return tuple(found)
+
+    @cached_property
+    def chunk_files(self) -> tuple[FileRecord, ...]:
+        """The file of every chunk, through all phases."""
+        return tuple(f for p in self.phases for f in p.chunk_files)
+
+    @cached_property
+    def chunk_layout(self) -> Layout:
+        """Which window stands where, in the layout "chunks"."""
         sources = tuple(SourceWindows(s.name, s.windows, s.validation, s.per_chunk) for s in self.sources)
-        return Layout(sources, self.chunks, self.seed)
+        return Layout(sources, len(self.chunk_files), self.seed)
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What each phase reads, in the layout "mixture"."""
+        windows = {s.name: s.training_windows for s in self.sources}
+        return tuple(
+            Mixture.of(p.parts, windows, samples=p.samples, file_samples=self.file_samples, seed=self.seed, phase=n)
+            for n, p in enumerate(self.phases)
+        )
+
+    @cached_property
+    def held_out(self) -> tuple[np.ndarray, ...]:
+        """Per source, the sorted int64[V] windows held out for validation."""
+        if self.layout == "chunks":
+            return self.chunk_layout.validation
+        return tuple(validation_windows(s.windows, s.validation, self.seed, s.name) for s in self.sources)
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
@@ -235,8 +303,11 @@ class DataManifest:
             raise UserError(f"{path}: not found; prepare the data first (run.py prepare)") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a data manifest ({error})") from error
-        if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
-            raise UserError(f"{path}: format {raw['format']} is newer than this program reads ({FORMAT}); upgrade it")
+        version = raw.get("format") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version != FORMAT:
+            older = "newer than" if version > FORMAT else "older than what"
+            cure = "upgrade it" if version > FORMAT else "prepare the data again"
+            raise UserError(f"{path}: format {version} is {older} this program reads ({FORMAT}); {cure}")
         try:
             return _build(cls, raw, "manifest")
         except ValueError as error:
@@ -249,7 +320,13 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
         if not isinstance(raw, list):
             raise ValueError(f"{where} is not a list")
         return tuple(_build(get_args(kind)[0], x, f"{where}[{i}]") for i, x in enumerate(raw))
-    if kind in (int, str):
+    if get_origin(kind) is Literal:
+        if raw not in get_args(kind):
+            raise ValueError(f"{where} = {raw!r} is none of {', '.join(map(repr, get_args(kind)))}")
+        return raw
+    if isinstance(kind, UnionType):  # X | None
+        return None if raw is None else _build(get_args(kind)[0], raw, where)
+    if kind in (int, str, bool, float):
         if type(raw) is not kind:
             raise ValueError(f"{where} = {raw!r} is not of type {kind.__name__}")
         return raw

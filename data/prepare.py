@@ -1,54 +1,65 @@
 """Documents to a data set that can be trained on: tokenise, lay out, write chunks in training order, manifest last.
 
-Deterministic: the same configuration gives the same bytes with any number of workers. A run that was interrupted is
-done again from the start; a finished data set is never overwritten.
+All work is a list of tasks that are independent of each other (`data.engines`), and each leaves a journal when it is
+done: a `prepare` that was killed goes on where it was, and the same configuration gives the same bytes with any number
+of workers, on any engine, after any number of kills. A finished data set is never overwritten.
 """
 
+import dataclasses
 import hashlib
 import json
-import multiprocessing
-import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from data.chunks import (
     FORMAT,
-    MANIFEST,
     DataManifest,
     FileRecord,
+    PhaseRecord,
     SourceRecord,
     TokenizerRecord,
+    encode,
     token_dtype,
-    write_mixed_samples,
-    write_samples,
+    write_records,
     written,
 )
-from data.index import IndexWriter
-from data.packing import ORDER, Layout
-from data.sources import Document, OnBad, ReadReport, SourceSpec, read
+from data.engines import Engine, Local, Task, run_all
+from data.fim import FIM_TOKENS, Fim, rearrange, with_fim
+from data.folder import finished, working
+from data.index import PartIndex, write_index
+from data.mixture import Mixture, Part
+from data.packing import ORDER, Layout, training_window, validation_windows, window_start, windows_in
+from data.sample import Sample
+from data.sources import OnBad, Shard, SourceSpec, plan, read
+from data.streams import Tokenise, TokenStream, loaded, part_index
 from data.tokenizer import MODEL, Tokenizer, load, train_tokenizer
 from errors import RunError, UserError
 
-_Label = TypeVar("_Label")
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+Log = Callable[[str], object]
 
-_BATCH_CHARACTERS = 1 << 18  # of text that go to a worker at a time, about
 _TRAINING_BYTES_PER_PIECE = 2000  # more text no longer changes which pieces are frequent
-_LOG_EVERY_S = 10.0
-_STARTED = ".prepare-started"  # marks an unfinished folder as ours, so that it may be cleared
-_WORK = "work.part"
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase of the layout "mixture", before its sources' sizes are known."""
+
+    parts: tuple[Part, ...]
+    samples: int | None = None  # None: one epoch of the mixture
+    samples_per_chunk: int | None = None
+    chunks: int | None = None  # of about equal size; or samples_per_chunk
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UserError("a phase without a mixture; give it parts, or prepare with the layout 'chunks'")
+        if (self.chunks is None) == (self.samples_per_chunk is None):
+            raise UserError("a phase needs its number of chunks or its samples_per_chunk, and not both")
 
 
 @dataclass(frozen=True)
@@ -60,13 +71,19 @@ class PrepareConfig:
     sources: tuple[SourceSpec, ...]
     sequence_length: int
     vocab_size: int
-    chunks: int
     validation_per_source: int  # windows
     seed: int
+    layout: Literal["chunks", "mixture"] = "chunks"
+    chunks: int = 1  # of the layout "chunks"
+    phases: tuple[PhasePlan, ...] = ()  # of the layout "mixture"
+    overlap: int = 0
+    file_samples: int = 50_000  # fact sheet 3.5
+    original: bool = False  # reproduce the quirks of the originals that change tokens (fact sheet 3.5, 3.6)
     tokenizer: Path | None = None
     on_bad: OnBad = "fail"
     max_bytes_per_source: int | None = None  # UTF-8 bytes of text
-    workers: int = 1  # processes; changes the time, not the result
+    shard_bytes: int = 64 << 20  # of source files: what one task tokenises, and what a kill can lose
+    engine: Engine = field(default_factory=lambda: Local(1))  # changes the time, not the result
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -74,125 +91,116 @@ class PrepareConfig:
         names = [s.name for s in self.sources]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(f"source {twice[0]} is named twice; give each source its own name")
-        for name in ("sequence_length", "vocab_size", "chunks", "workers", "max_bytes_per_source"):
+        for name in (
+            "sequence_length", "vocab_size", "chunks", "max_bytes_per_source", "file_samples", "shard_bytes",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} = {value}: at least 1 is needed")
-        if self.validation_per_source < 0:
-            raise UserError(f"validation_per_source = {self.validation_per_source}: at least 0 is needed")
+        for name in ("validation_per_source", "overlap"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} = {getattr(self, name)}: at least 0 is needed")
+        if self.overlap > self.sequence_length:
+            raise UserError(f"overlap = {self.overlap}: windows of {self.sequence_length + 1} tokens must move on")
         if self.on_bad not in get_args(OnBad):
             raise UserError(f"on_bad = {self.on_bad!r}: it is one of {', '.join(get_args(OnBad))}")
+        if (self.layout == "mixture") != bool(self.phases):
+            raise UserError(f"the layout {self.layout!r} with {len(self.phases)} phases: only a mixture has phases")
+        for n, phase in enumerate(self.phases):
+            for part in phase.parts:
+                if part.reads not in names:
+                    raise UserError(
+                        f"phase {n}: part {part.name} reads the source {part.reads!r}, which is not given; the sources "
+                        f"are {', '.join(names)}. Give --source {part.reads}=PATH"
+                    )
+        if self.layout == "mixture" and (idle := [n for n in names if n not in {p.reads for p in self.parts}]):
+            raise UserError(f"source {idle[0]}: no phase reads it; leave it out, or add it to a phase's mixture")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of all phases."""
+        return tuple(p for phase in self.phases for p in phase.parts)
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether any part is rearranged to be filled in."""
+        return any(p.fim_rate for p in self.parts)
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of everything that the result depends on: all fields but `out` and `workers`."""
-        values = {
-            "recipe": self.recipe,
-            "sources": [(s.name, s.location) for s in self.sources],
-            "sequence_length": self.sequence_length,
-            "vocab_size": self.vocab_size,
-            "chunks": self.chunks,
-            "validation_per_source": self.validation_per_source,
-            "seed": self.seed,
-            "tokenizer": None if self.tokenizer is None else load(self.tokenizer).sha256,
-            "on_bad": self.on_bad,
-            "max_bytes_per_source": self.max_bytes_per_source,
-        }
+        """SHA-256 of everything that the result depends on: all fields but `out`, `engine` and `shard_bytes`."""
+        values = dataclasses.asdict(dataclasses.replace(self, engine=Local(1)))
+        for name in ("out", "engine", "shard_bytes"):
+            del values[name]
+        values["tokenizer"] = None if self.tokenizer is None else load(self.tokenizer).sha256
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(config: PrepareConfig, log: Callable[[str], object] = print) -> DataManifest:
-    """Prepare the data set of a configuration in `config.out` and return its manifest.
+def prepare(config: PrepareConfig, log: Log = print) -> DataManifest:
+    """Prepare the data set of a configuration in `config.out`, or go on preparing it, and return its manifest.
 
     If that folder already holds the complete data set of the same configuration, it is returned as it is. Raises
-    UserError for anything wrong with the request or the sources, RunError when the folder cannot be written.
+    UserError for anything wrong with the request or the sources, RunError when the folder cannot be written, or when
+    the sources changed since an earlier call began.
     """
     out = Path(config.out)
-    if (out / MANIFEST).exists():
-        return _complete(config, DataManifest.load(out), log)
-    _clear(out)
-    work = out / _WORK
-    with _writing_to(out), _pool(config.workers) as pool:
-        work.mkdir(parents=True)
-        tokenizer = _tokenizer(config, work / MODEL, log)
-        with written(out / tokenizer.name) as part:
-            part.write_bytes(tokenizer.content)
-        streams = [_tokenise(config, spec, tokenizer, work, pool, log) for spec in config.sources]
-        layout = Layout.of(
-            [(s.name, stream.tokens) for s, stream in zip(config.sources, streams)],
-            sequence_length=config.sequence_length,
-            validation=config.validation_per_source,
-            chunks=config.chunks,
-            seed=config.seed,
-        )
-        # Drawn here, once: the layout takes the draw along to the workers.
-        held_out = sum(len(windows) for windows in layout.validation)
-        log(f"validation: {held_out:,} windows held out")
-        chunk_files = _write_chunks(config, layout, [s.path for s in streams], pool, log)
-        sources = tuple(_source_record(config, layout, j, stream) for j, stream in enumerate(streams))
-        manifest = DataManifest(
-            format=FORMAT,
-            recipe=config.recipe,
-            config_sha256=config.sha256,
-            sequence_length=config.sequence_length,
-            vocab_size=config.vocab_size,
-            dtype=token_dtype(config.vocab_size).name,
-            seed=config.seed,
-            order=ORDER,
-            chunks=config.chunks,
-            samples_per_chunk=layout.samples_per_chunk,
-            tokenizer=TokenizerRecord(tokenizer.name, tokenizer.sha256),
-            sources=sources,
-            chunk_files=chunk_files,
-        )
-        shutil.rmtree(work)
+    if there := finished(out, config.sha256, log):
+        return there
+    with working(out, config.sha256, shard_bytes=config.shard_bytes) as work, config.engine:
+        tokenizer = _tokenizer(config, work, log)
+        shards = [_planned(config, spec, work) for spec in config.sources]
+        streams = _tokenise(config, shards, tokenizer, work, log)
+        design = _design(config, streams, tokenizer.path)
+        manifest = _write(config, design, streams, tokenizer, work, log)
         manifest.save(out)
-        (out / _STARTED).unlink()
     return manifest
 
 
-def _complete(config: PrepareConfig, manifest: DataManifest, log: Callable[[str], object]) -> DataManifest:
-    if manifest.config_sha256 != config.sha256:
-        raise UserError(
-            f"{config.out} holds data prepared for {manifest.recipe} from another configuration; it is never "
-            "overwritten: choose another --out, or delete the folder yourself"
+# ---- beginning, and going on -----------------------------------------------------------------------------------
+
+
+def _planned(config: PrepareConfig, spec: SourceSpec, work: Path) -> tuple[Shard, ...]:
+    """The shards of a source: those of the first call, which must still be there as they were."""
+    shards = plan(spec, config.shard_bytes, config.engine.map)
+    path = work / f"{spec.name}.plan.json"
+    text = json.dumps([dataclasses.asdict(s) for s in shards])
+    if path.exists() and path.read_text() != text:
+        raise RunError(
+            f"source {spec.name}: the files of {spec.location} are not those that this data set was begun with; "
+            f"restore them, or delete {config.out} and begin again"
         )
-    for file in manifest.files:
-        file.check_size(Path(config.out))
-    log(f"{config.out}: already prepared from this configuration, nothing to do")
-    return manifest
+    with written(path) as part:
+        part.write_text(text)
+    return shards
 
 
-def _clear(out: Path) -> None:
-    """Make `out` an empty folder of ours: new, or the remains of an unfinished run."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / _STARTED).exists():
-        raise UserError(f"{out} exists and was not begun by prepare; choose another --out or an empty folder")
-    for name in ("chunks", "validation", "index", _WORK):
-        shutil.rmtree(out / name, ignore_errors=True)
-    with _writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _STARTED).touch()
-
-
-@contextmanager
-def _writing_to(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({error}); free space or choose another --out, run again") from error
-
-
-def _tokenizer(config: PrepareConfig, trained: Path, log: Callable[[str], object]) -> Tokenizer:
-    """Return the given tokenizer, or one trained on equal shares of text from all sources."""
-    if config.tokenizer is None:
-        log(f"training a tokenizer of {config.vocab_size} pieces")
-        train_tokenizer(_sample(config), config.vocab_size, trained, _TRAINING_BYTES_PER_PIECE * config.vocab_size)
-        return load(trained)
-    tokenizer = load(config.tokenizer)
-    try:
-        tokenizer.check_fits(config.vocab_size)
-    except UserError as error:
-        raise UserError(f"{error}, or set --model.vocab-size {tokenizer.vocab_size}") from None
+def _tokenizer(config: PrepareConfig, work: Path, log: Log) -> Tokenizer:
+    """Return the given tokenizer, or one trained on equal shares of text from all sources, kept in `out`."""
+    if config.tokenizer is not None:
+        given = load(config.tokenizer)
+        try:
+            given.check_fits(config.vocab_size)
+        except UserError as error:
+            raise UserError(f"{error}, or set --model.vocab-size {given.vocab_size}") from None
+        name, content = given.name, given.content
+    else:
+        trained = work / MODEL
+        if not trained.exists():
+            special = len(FIM_TOKENS) if config.fills_in else 0
+            log(f"training a tokenizer of {config.vocab_size} ids")
+            with written(trained) as part:
+                limit = _TRAINING_BYTES_PER_PIECE * config.vocab_size
+                train_tokenizer(_sample(config), config.vocab_size - special, part, limit)
+                if special:
+                    part.write_bytes(with_fim(part.read_bytes()))
+        name, content = MODEL, trained.read_bytes()
+    path = Path(config.out) / name
+    if not path.exists():
+        with written(path) as part:
+            part.write_bytes(content)
+    tokenizer = load(path)
+    if config.fills_in:
+        Fim.of(tokenizer)  # refuses one without the tokens, before any work is done
     return tokenizer
 
 
@@ -210,176 +218,330 @@ def _sample(config: PrepareConfig) -> Iterator[str]:
             yield document.text
 
 
+# ---- documents to streams --------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class _Stream:
-    """A tokenised source in the work folder."""
+    """A tokenised source: its shards in the work folder, and what was counted."""
 
     spec: SourceSpec
-    path: Path
-    report: ReadReport
-    tokens: int
-    index: tuple[FileRecord, ...]
+    tokens: TokenStream
+    index: tuple[PartIndex, ...]
+    counts: dict[str, int]
+    bad_named: tuple[str, ...]
 
 
 def _tokenise(
-    config: PrepareConfig,
-    spec: SourceSpec,
-    tokenizer: Tokenizer,
-    work: Path,
-    pool: ProcessPoolExecutor | None,
-    log: Callable[[str], object],
-) -> _Stream:
-    """Write the token stream of one source, documents in reading order, each followed by the end-of-document token."""
-    dtype = token_dtype(config.vocab_size)
-    report, path = ReadReport(), work / f"{spec.name}.tokens"
-    began = logged = time.monotonic()
-    batches = _batches(read(spec, config.on_bad, config.max_bytes_per_source, report))
-    tasks = (([d.id for d in b], (str(tokenizer.path), [d.text for d in b], dtype.str)) for b in batches)
-    with open(path, "wb") as file, closing(IndexWriter(work, spec.name)) as index:
-        for ids, (tokens, lengths) in _ordered(_encode, tasks, pool, config.workers):
-            file.write(tokens.tobytes())
-            index.add(ids, lengths)
-            if time.monotonic() - logged > _LOG_EVERY_S:
-                logged = time.monotonic()
-                log(_progress(spec.name, index.documents, index.tokens, report.bytes, logged - began))
-        paths = index.save(config.out, spec.name)
+    config: PrepareConfig, shards: Sequence[Sequence[Shard]], tokenizer: Tokenizer, work: Path, log: Log
+) -> list[_Stream]:
+    limit, dtype = config.max_bytes_per_source, token_dtype(config.vocab_size)
+
+    def task(shard: Shard, max_bytes: int | None) -> Tokenise:
+        return Tokenise(shard, tokenizer.path, dtype.str, work, config.on_bad, max_bytes, config.original)
+
+    done: list[list[tuple[Tokenise, dict[str, Any]]]] = [[] for _ in shards]
+    while True:
+        # Without a limit everything is to be read at once. With one, as many shards as could hold what is missing.
+        wave = [
+            task(s, limit)
+            for own, found in zip(shards, done)
+            for s in _next(own[len(found) :], None if limit is None else limit - _bytes(found))
+        ]
+        if not wave:
+            break
+        results = iter(list(zip(wave, run_all(wave, config.engine, log, "tokenise"))))
+        for t, result in results:
+            own = next(i for i, spec in enumerate(config.sources) if spec.name == t.shard.spec.name)
+            left = None if limit is None else limit - _bytes(done[own])
+            if left is not None and left <= 0:
+                continue  # read ahead, and not needed
+            if left is not None and left < min(
+                result["bytes"], t.max_bytes or left
+            ):  # the shard that crosses the limit ends there
+                t = task(t.shard, left)
+                (result,) = run_all([t], config.engine, log, "tokenise")
+            done[own].append((t, result))
+    streams = []
+    for spec, found in zip(config.sources, done):
+        keys = ("documents", "tokens", "bytes", "unknown", "empty", "short", "bad")
+        counts = {key: sum(r[key] for _, r in found) for key in keys}
+        if not counts["documents"]:
+            left_out = f" ({counts['empty']} empty, {counts['bad']} bad left out)" if any(counts.values()) else ""
+            raise UserError(f"source {spec.name}: no documents in {spec.location}{left_out}")
+        named = tuple([where for _, r in found for where in r["bad_named"]][:5])
         log(
-            _progress(spec.name, index.documents, index.tokens, report.bytes, time.monotonic() - began)
-            + f"; left out: {report.empty} empty, {report.bad} bad"
-            + "".join(f"\n  bad: {where}" for where in report.bad_named)
+            f"source {spec.name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+            f"{counts['bytes'] / 1e6:.1f} MB; left out: {counts['empty']} empty, {counts['bad']} bad"
+            + (f", {counts['short']} short" if counts["short"] else "")
+            + "".join(f"\n  bad: {where}" for where in named)
         )
-        records = tuple(FileRecord.of(config.out, p, index.documents) for p in paths)
-        return _Stream(spec, path, report, index.tokens, records)
+        names, sizes = [t.name for t, _ in found], [r["tokens"] for _, r in found]
+        index = tuple(part_index(t, r) for t, r in found)
+        streams.append(_Stream(spec, TokenStream(work, names, sizes, dtype), index, counts, named))
+    return streams
 
 
-def _progress(name: str, documents: int, tokens: int, size: int, seconds: float) -> str:
-    s = max(seconds, 1e-9)
-    return (
-        f"source {name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:.1f} MB in {seconds:.1f} s "
-        f"({documents / s:,.0f} documents/s, {tokens / s:,.0f} tokens/s, {size / 1e6 / s:.2f} MB/s)"
+def _bytes(found: Sequence[tuple[Tokenise, dict[str, Any]]]) -> int:
+    return sum(r["bytes"] for _, r in found)
+
+
+def _next(shards: Sequence[Shard], missing: int | None) -> Sequence[Shard]:
+    """The shards to read next: all, or the first whose files are as large as the text that is missing."""
+    if missing is None:
+        return shards
+    taken, size = 0, 0
+    while taken < len(shards) and size < missing:
+        size += sum(p.stop - p.start for p in shards[taken].portions) or missing
+        taken += 1
+    return shards[:taken]
+
+
+# ---- streams to samples ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Design:
+    """Where every window goes, and all that is needed to make a sample of one."""
+
+    config: PrepareConfig
+    streams: tuple[TokenStream, ...]
+    tokenizer: Path
+    held_out: tuple[np.ndarray, ...]
+    chunks: Layout | None
+    phases: tuple[Mixture, ...]
+    samples_per_chunk: tuple[int, ...]  # of each phase
+
+    def window(self, source: int, window: int) -> np.ndarray:
+        """Return the S+1 ids of a window of a source."""
+        start = window_start(window, self.config.sequence_length, self.config.overlap)
+        return self.streams[source].read(start, start + self.config.sequence_length + 1)
+
+    def samples(self, phase: int, start: int, stop: int) -> Iterator[Sample]:
+        """Yield samples start..stop-1 of a phase, in training order."""
+        if self.chunks is not None:
+            per_chunk = self.chunks.samples_per_chunk
+            source, windows = self.chunks.window_of(start // per_chunk, np.arange(stop - start))
+            for j, w in zip(source.tolist(), windows.tolist()):
+                yield Sample.of_tokens(self.window(j, w))
+            return
+        parts = self.config.phases[phase].parts
+        names = [s.name for s in self.config.sources]
+        tokenizer = loaded(str(self.tokenizer))
+        reads = [names.index(p.reads) for p in parts]
+        which, epoch, number = self.phases[phase].at(np.arange(start, stop))
+        windows = np.empty_like(number)
+        for i, j in enumerate(reads):
+            windows[which == i] = training_window(number[which == i], self.held_out[j])
+        for i, e, w in zip(which.tolist(), epoch.tolist(), windows.tolist()):
+            part, window = parts[i], self.window(reads[i], w)
+            if not part.fim_rate:
+                yield Sample.of_tokens(window)
+                continue
+            key = ("fim", self.config.seed, part.reads, e, w)
+            yield rearrange(window, part.fim_rate, key, tokenizer, Fim.of(tokenizer), self.config.original)
+
+
+def _design(config: PrepareConfig, streams: Sequence[_Stream], tokenizer: Path) -> _Design:
+    """Lay out all windows; UserError when a source has too few."""
+    tokens, streamed = [(s.spec.name, len(s.tokens)) for s in streams], tuple(s.tokens for s in streams)
+    small = dataclasses.replace(config, engine=Local(1))
+    if config.layout == "chunks":
+        chunks = Layout.of(
+            tokens,
+            sequence_length=config.sequence_length,
+            validation=config.validation_per_source,
+            chunks=config.chunks,
+            seed=config.seed,
+            overlap=config.overlap,
+        )
+        held_out = chunks.validation  # drawn here, once: the layout takes the draw along to the workers
+        return _Design(small, streamed, tokenizer, held_out, chunks, (), (chunks.samples_per_chunk,))
+    windows = {name: windows_in(n, config.sequence_length, config.overlap) for name, n in tokens}
+    for name, n in tokens:
+        if windows[name] <= config.validation_per_source:
+            raise UserError(
+                f"source {name}: {n:,} tokens found, which make {windows[name]} windows, and "
+                f"{config.validation_per_source} are held out for validation; add documents, or lower "
+                "validation_per_source or sequence_length"
+            )
+    held_out = tuple(
+        validation_windows(windows[name], config.validation_per_source, config.seed, name) for name, _ in tokens
     )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    training = {name: n - config.validation_per_source for name, n in windows.items()}
+    phases = tuple(
+        Mixture.of(p.parts, training, samples=p.samples, file_samples=config.file_samples, seed=config.seed, phase=n)
+        for n, p in enumerate(config.phases)
+    )
+    for mixture in phases:
+        mixture.at(0)  # makes its table here, once: the workers get it too
+    per_chunk = tuple(
+        p.samples_per_chunk or -(-mixture.samples // (p.chunks or 1)) for p, mixture in zip(config.phases, phases)
+    )
+    return _Design(small, streamed, tokenizer, held_out, None, phases, per_chunk)
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str) -> Tokenizer:
-    # One processor per worker process, loaded at the worker's first batch.
-    return load(path)
+def _read_design(path: Path) -> _Design:
+    with open(path, "rb") as file:
+        return pickle.load(file)  # written by this prepare, in its own work folder
 
 
-def _encode(task: tuple[str, list[str], str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens of all texts in order, int64 number of tokens of each), end-of-document tokens included."""
-    path, texts, dtype = task
-    tokenizer = _loaded(path)
-    encoded = tokenizer.encode_many(texts)
-    for ids in encoded:
-        ids.append(tokenizer.eos_id)
-    return np.concatenate([np.array(ids, dtype) for ids in encoded]), np.array([len(ids) for ids in encoded])
+@dataclass(frozen=True)
+class _WriteChunk(Task):
+    """Write samples start..stop-1 of a phase as one chunk file."""
+
+    design: Path
+    out: Path
+    phase: int
+    chunk: int
+    start: int
+    stop: int
+
+    @property
+    def journal(self) -> Path:
+        """Says that it is done."""
+        return self.design.parent / f"chunk-{self.chunk:03}.json"
+
+    @property
+    def weight(self) -> int:
+        """Samples to write."""
+        return self.stop - self.start
+
+    def run(self) -> dict[str, Any]:
+        """Write the file and return its record."""
+        design = _read_design(self.design)
+        path = self.out / "chunks" / f"{self.chunk:03}.arrayrecord"
+        dtype = token_dtype(design.config.vocab_size)
+        write_records(path, (encode(s, dtype) for s in design.samples(self.phase, self.start, self.stop)))
+        return dataclasses.asdict(FileRecord.of(self.out, path, self.stop - self.start))
 
 
-def _write_chunks(
+@dataclass(frozen=True)
+class _WriteValidation(Task):
+    """Write the held-out windows of a source."""
+
+    design: Path
+    out: Path
+    source: int
+    name: str
+
+    @property
+    def journal(self) -> Path:
+        """Says that it is done."""
+        return self.design.parent / f"validation-{self.name}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Write the file and return its record."""
+        design = _read_design(self.design)
+        path = self.out / "validation" / f"{self.name}.arrayrecord"
+        dtype, windows = token_dtype(design.config.vocab_size), design.held_out[self.source].tolist()
+        samples = (Sample.of_tokens(design.window(self.source, w)) for w in windows)
+        write_records(path, (encode(s, dtype) for s in samples))
+        return dataclasses.asdict(FileRecord.of(self.out, path, len(windows)))
+
+
+@dataclass(frozen=True)
+class _WriteIndex(Task):
+    """Join the document index of a source."""
+
+    work: Path
+    out: Path
+    name: str
+    parts: tuple[PartIndex, ...]
+
+    @property
+    def journal(self) -> Path:
+        """Says that it is done."""
+        return self.work / f"index-{self.name}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Write the files and return their records."""
+        documents = sum(p.documents for p in self.parts)
+        records = [FileRecord.of(self.out, path, documents) for path in write_index(self.out, self.name, self.parts)]
+        return {"files": [dataclasses.asdict(r) for r in records]}
+
+
+def _write(
+    config: PrepareConfig, design: _Design, streams: Sequence[_Stream], tokenizer: Tokenizer, work: Path, log: Log
+) -> DataManifest:
+    """Write chunks, validation samples and indices, and return the manifest of all."""
+    out, path = Path(config.out), work / "design.pickle"
+    with written(path) as part:
+        part.write_bytes(pickle.dumps(design))
+    totals = [m.samples for m in design.phases] or [config.chunks * design.samples_per_chunk[0]]
+    chunks: list[_WriteChunk] = []
+    for n, (total, size) in enumerate(zip(totals, design.samples_per_chunk)):
+        chunks += [
+            _WriteChunk(path, out, n, len(chunks) + i, start, min(start + size, total))
+            for i, start in enumerate(range(0, total, size))
+        ]
+    indices = [_WriteIndex(work, out, s.spec.name, s.index) for s in streams]
+    validation = [_WriteValidation(path, out, j, s.spec.name) for j, s in enumerate(streams)]
+    log(f"validation: {sum(map(len, design.held_out)):,} windows held out")
+    indexed = run_all(indices, config.engine, log, "index")
+    held_out = [FileRecord(**r) for r in run_all(validation, config.engine, log, "validation")]
+    written_chunks = [FileRecord(**r) for r in run_all(chunks, config.engine, log, "chunks")]
+    index_files = [tuple(FileRecord(**r) for r in files["files"]) for files in indexed]
+    return DataManifest(
+        format=FORMAT,
+        recipe=config.recipe,
+        config_sha256=config.sha256,
+        sequence_length=config.sequence_length,
+        overlap=config.overlap,
+        vocab_size=config.vocab_size,
+        dtype=token_dtype(config.vocab_size).name,
+        seed=config.seed,
+        order=ORDER,
+        layout=config.layout,
+        file_samples=config.file_samples,
+        compat="original" if config.original else "none",
+        published=(),
+        tokenizer=TokenizerRecord(tokenizer.path.name, tokenizer.sha256),
+        sources=tuple(
+            _source_record(config, design, j, *of) for j, of in enumerate(zip(streams, held_out, index_files))
+        ),
+        phases=tuple(
+            PhaseRecord(
+                parts=config.phases[n].parts if config.phases else (),
+                samples=total,
+                samples_per_chunk=design.samples_per_chunk[n],
+                chunk_files=tuple(r for r, t in zip(written_chunks, chunks) if t.phase == n),
+            )
+            for n, total in enumerate(totals)
+        ),
+    )
+
+
+def _source_record(
     config: PrepareConfig,
-    layout: Layout,
-    streams: list[Path],
-    pool: ProcessPoolExecutor | None,
-    log: Callable[[str], object],
-) -> tuple[FileRecord, ...]:
-    began = logged = time.monotonic()
-    tokens = config.sequence_length + 1
-    tasks = ((c, (config.out, layout, c, streams, tokens, config.vocab_size)) for c in range(layout.chunks))
-    records: list[FileRecord] = []
-    for _, record in _ordered(_write_chunk, tasks, pool, config.workers):
-        records.append(record)
-        if time.monotonic() - logged > _LOG_EVERY_S:
-            logged = time.monotonic()
-            log(f"chunks: {len(records)} of {layout.chunks} written")
-    size = sum(r.bytes for r in records) / 1e6
-    log(
-        f"chunks: {layout.chunks} of {layout.samples_per_chunk:,} samples of {config.sequence_length} tokens, "
-        f"{size:.1f} MB in {time.monotonic() - began:.1f} s"
-    )
-    return tuple(records)
-
-
-def _write_chunk(task: tuple[Path, Layout, int, list[Path], int, int]) -> FileRecord:
-    out, layout, chunk, streams, tokens, vocab_size = task
-    source, windows = layout.window_of(chunk, np.arange(layout.samples_per_chunk))
-    path = out / "chunks" / f"{chunk:03}.arrayrecord"
-    write_mixed_samples(path, [_stream(s, vocab_size) for s in streams], source, windows, tokens)
-    return FileRecord.of(out, path, layout.samples_per_chunk)
-
-
-def _stream(path: Path, vocab_size: int) -> np.ndarray:
-    return np.memmap(path, token_dtype(vocab_size), "r")
-
-
-def _source_record(config: PrepareConfig, layout: Layout, j: int, stream: _Stream) -> SourceRecord:
-    """Write the validation file of source j and return all that is known of the source."""
-    source, report, tokens = layout.sources[j], stream.report, config.sequence_length + 1
-    path = config.out / "validation" / f"{source.name}.arrayrecord"
-    write_samples(path, _stream(stream.path, config.vocab_size), layout.validation[j], tokens)
+    design: _Design,
+    j: int,
+    stream: _Stream,
+    validation_file: FileRecord,
+    index_files: tuple[FileRecord, ...],
+) -> SourceRecord:
+    spec, counts, tokens = stream.spec, stream.counts, len(stream.tokens)
+    windows, validation = windows_in(tokens, config.sequence_length, config.overlap), len(design.held_out[j])
+    end = window_start(windows - 1, config.sequence_length, config.overlap) + config.sequence_length + 1
+    per_chunk = design.chunks.sources[j].per_chunk if design.chunks else 0
+    unused = windows - validation - config.chunks * per_chunk if design.chunks else 0
     return SourceRecord(
-        name=source.name,
-        location=stream.spec.location,
-        documents=report.documents,
-        empty=report.empty,
-        bad=report.bad,
-        bad_named=tuple(report.bad_named),
-        bytes=report.bytes,
-        tokens=stream.tokens,
-        windows=source.windows,
-        validation=source.validation,
-        per_chunk=source.per_chunk,
-        unused=source.windows - source.validation - layout.chunks * source.per_chunk,
-        tail_tokens=stream.tokens - source.windows * tokens,
-        validation_file=FileRecord.of(config.out, path, source.validation),
-        index_files=stream.index,
+        name=spec.name,
+        label=spec.published,
+        location=spec.location,
+        documents=counts["documents"],
+        empty=counts["empty"] + counts["short"],
+        bad=counts["bad"],
+        bad_named=stream.bad_named,
+        bytes=counts["bytes"],
+        tokens=tokens,
+        unknown=counts["unknown"],
+        windows=windows,
+        validation=validation,
+        per_chunk=per_chunk,
+        unused=unused,
+        tail_tokens=tokens - end if windows else tokens,
+        validation_file=validation_file,
+        index_files=index_files,
     )
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Yield a process pool, or None for one worker: this process then does the work itself."""
-    if workers == 1:
-        yield None
-        return
-    # Spawned, not forked: the caller may hold JAX's threads, and a fork of those can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise RunError("a worker process was lost (out of memory?); run again with fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ordered(
-    function: Callable[[_Item], _Result],
-    tasks: Iterator[tuple[_Label, _Item]],
-    pool: ProcessPoolExecutor | None,
-    workers: int,
-) -> Iterator[tuple[_Label, _Result]]:
-    """Yield (label, function(item)) of (label, item) tasks in their order, with a bounded number held in memory."""
-    if pool is None:
-        for label, item in tasks:
-            yield label, function(item)
-        return
-    running: deque[tuple[_Label, Future[_Result]]] = deque()
-    while True:
-        for label, item in islice(tasks, 2 * workers - len(running)):
-            running.append((label, pool.submit(function, item)))
-        if not running:
-            return
-        label, future = running.popleft()
-        yield label, future.result()

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from errors import UserError
+
 
 class Sample(NamedTuple):
     """One sequence to predict, or several stacked in front: the names and meaning of `data.batch.Batch`."""
@@ -79,3 +81,51 @@ class PhaseSamples:
         if s >= self.chunk_samples(chunk) // global_batch:
             return None
         return (chunk - self.first_chunk) * (self.samples_per_chunk // global_batch) + s, row
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which sample each row of each step of a run reads: a function of the data's phases, the run's, and its batch.
+
+    A run of several phases may read on through data of one phase; else it has the data's phases.
+    """
+
+    phases: tuple[PhaseSamples, ...]  # of the data
+    phase_steps: tuple[int, ...]  # of the run
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        have = [p.steps(self.global_batch) for p in self.phases]
+        want = [sum(self.phase_steps)] if len(have) == 1 else list(self.phase_steps)
+        if len(have) != len(want):
+            raise UserError(
+                f"data: prepared for {len(have)} phases, and the run has {len(want)}; prepare it for this recipe"
+            )
+        for n, (there, asked) in enumerate(zip(have, want)):
+            if asked > there:
+                raise UserError(
+                    f"data: phase {n} has {there:,} steps of {self.global_batch} samples, and the run's {asked:,}; "
+                    f"prepare more, or set --phases.{n}.steps"
+                )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return sum(self.phase_steps)
+
+    def place(self, step: int, row: int) -> tuple[int, int]:
+        """Return the (chunk, position) of the sample that a row of the run's step reads."""
+        phase = 0
+        if len(self.phases) > 1:
+            while step >= self.phase_steps[phase]:
+                step -= self.phase_steps[phase]
+                phase += 1
+        return self.phases[phase].place(step, row, self.global_batch)
+
+    def reader(self, chunk: int, position: int) -> tuple[int, int] | None:
+        """Return the (step, row) of the run that reads a sample, None if none does: the inverse of `place`."""
+        phase = next(n for n, p in enumerate(self.phases) if chunk < p.first_chunk + p.chunks)
+        found = self.phases[phase].reader(chunk, position, self.global_batch)
+        if found is None or found[0] >= (self.steps if len(self.phases) == 1 else self.phase_steps[phase]):
+            return None
+        return found[0] + sum(self.phase_steps[:phase]), found[1]

@@ -1,11 +1,13 @@
 """A small corpus and the data set prepared from it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data.prepare import PrepareConfig, prepare
+from data.mixture import Part
+from data.prepare import PhasePlan, PrepareConfig, prepare
 from data.sources import SourceSpec
 from tests.data.made_up import code, prose
 
@@ -40,3 +42,38 @@ def config(corpus, tmp_path_factory) -> PrepareConfig:
 def prepared(config) -> Path:
     prepare(config, log=lambda line: None)
     return config.out
+
+
+PHASES = (
+    PhasePlan((Part("prose", 0.6, half="even"), Part("code", 0.4, half="even")), chunks=2),
+    PhasePlan(
+        (
+            Part("prose", 0.2, half="odd"),
+            Part("code_fim", 0.7, source="code", epochs=2, fim_rate=0.9, shuffle=True),
+            Part("tenth", 0.1, source="code", start=0.1, stop=0.3),
+        ),
+        chunks=3,
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def crystal_config(config, tmp_path_factory) -> PrepareConfig:
+    """Two phases of mixtures in Crystal's manner: overlapping windows, halves, epochs, FIM."""
+    return replace(
+        config,
+        recipe="crystal_tiny",
+        out=tmp_path_factory.mktemp("data") / "crystal",
+        sources=tuple(replace(s, bos=s.name == "code") for s in config.sources),
+        layout="mixture",
+        chunks=1,
+        phases=PHASES,
+        overlap=1,
+        file_samples=7,
+    )
+
+
+@pytest.fixture(scope="session")
+def crystal(crystal_config) -> Path:
+    prepare(crystal_config, log=lambda line: None)
+    return crystal_config.out

@@ -2,23 +2,32 @@
 
 import dataclasses
 import json
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data import compat
 from data.chunks import DataManifest, SampleFile
+from data.engines import Local
+from data.fim import Fim, rearrange
 from data.index import DocumentIndex
+from data.mixture import Part
 from data.packing import permutation, validation_windows
-from data.prepare import PrepareConfig, prepare
+from data.prepare import PhasePlan, PrepareConfig, prepare
 from data.sources import SourceSpec
 from data.tokenizer import Tokenizer, load
 from errors import RunError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def quiet(line: str) -> None:
@@ -29,19 +38,24 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def plain_windows(texts: list[str], tokenizer: Tokenizer, size: int, overlap: int, bos: bool) -> list[list[int]]:
+    """Fact sheet 3.2 (overlap 0) and 3.5 (overlap 1): a buffer that gives off windows."""
+    buffer, windows = [], []
+    for text in texts:
+        if text:
+            buffer += [*([1] if bos else []), *tokenizer.encode(text), 2]
+        while len(buffer) >= size:
+            windows.append(buffer[:size])
+            buffer = buffer[size - overlap :]
+    return windows
+
+
 def plain_prepare(sources: dict[str, list[str]], tokenizer: Tokenizer, config: PrepareConfig):
     """Fact sheet 3.2 and 3.3, line by line: return the chunks, and the validation samples of each source."""
-    size = config.sequence_length + 1
     chunks = [[] for _ in range(config.chunks)]
     validation = {}
     for name, texts in sources.items():
-        buffer, windows = [], []
-        for text in texts:
-            if text:
-                buffer += [*tokenizer.encode(text), 2]
-            while len(buffer) >= size:
-                windows.append(buffer[:size])
-                buffer = buffer[size:]
+        windows = plain_windows(texts, tokenizer, config.sequence_length + 1, 0, False)
         per_chunk = (len(windows) - config.validation_per_source) // config.chunks
         used = windows[: config.validation_per_source + config.chunks * per_chunk]
         drawn = validation_windows(len(used), config.validation_per_source, config.seed, name).tolist()
@@ -53,8 +67,9 @@ def plain_prepare(sources: dict[str, list[str]], tokenizer: Tokenizer, config: P
 
 def stored(root: Path, manifest: DataManifest):
     def samples(record):
-        file = SampleFile(root, record, tokens=manifest.sequence_length + 1, vocab_size=manifest.vocab_size)
-        return [file.read(i).tolist() for i in range(record.samples)]
+        sizes = {"sequence_length": manifest.sequence_length, "vocab_size": manifest.vocab_size}
+        file = SampleFile(root, record, **sizes)
+        return [file.read(i).tokens.tolist() for i in range(record.samples)]
 
     return [samples(f) for f in manifest.chunk_files], {s.name: samples(s.validation_file) for s in manifest.sources}
 
@@ -97,6 +112,7 @@ def test_prepared_data_is_the_fact_sheets(prepared, corpora, validation, chunks)
             assert (source.documents, source.empty) == (len(kept), len(documents) - len(kept))
             assert source.tokens == 17 * source.windows + source.tail_tokens
             assert source.windows == source.validation + chunks * source.per_chunk + source.unused
+            assert source.bytes == sum(len(t.encode()) for t in kept)
             index = DocumentIndex(config.out, source.name)
             numbers = [i for i, t in enumerate(documents, start=1) if t]
             assert [index.id(i) for i in range(len(index))] == [f"{source.name}.jsonl:{n}" for n in numbers]
@@ -104,10 +120,131 @@ def test_prepared_data_is_the_fact_sheets(prepared, corpora, validation, chunks)
             assert [int(n) for n in index.offsets[1:] - index.offsets[:-1]] == ends
 
 
-def test_another_run_with_more_workers_gives_the_same_bytes(config, prepared, tmp_path):
-    again = dataclasses.replace(config, out=tmp_path / "set", workers=2)
-    assert prepare(again, log=quiet).sha256 == DataManifest.load(prepared).sha256
-    assert contents(again.out) == contents(prepared)
+def plain_mixture(corpora: dict[str, list[str]], bos: set[str], tokenizer: Tokenizer, config: PrepareConfig, manifest):
+    """Fact sheet 3.4 to 3.6 in plain Python, from the seeded permutation of slots on: samples of each phase."""
+    training, numbers = {}, {}
+    for name, texts in corpora.items():
+        windows = plain_windows(texts, tokenizer, config.sequence_length + 1, 1, name in bos)
+        drawn = set(validation_windows(len(windows), config.validation_per_source, config.seed, name).tolist())
+        numbers[name] = [i for i in range(len(windows)) if i not in drawn]
+        training[name] = [windows[i] for i in numbers[name]]
+    phases = []
+    for record, mixture in zip(manifest.phases, manifest.mixtures):
+        rows = []  # of each part: (epoch, number of the training window)
+        for part in record.parts:
+            own = range(len(training[part.reads]))
+            if part.half != "all":
+                own = [k for k in own if k // config.file_samples % 2 == (part.half == "odd")]
+            order = [(e, k) for e in range(part.epochs) for k in own]
+            if part.shuffle:  # its order is `packing.Shuffle`'s, which has tests of its own
+                mine = next(r for r in mixture.rows if r.part == part)
+                order = [order[i] for i in mine._order.at(np.arange(len(order))).tolist()]
+            rows.append(order[int(len(order) * part.start) : int(len(order) * part.stop)])
+        owners = mixture.at(np.arange(record.samples))[0].tolist()  # likewise `mixture.Interleave`'s
+        taken, samples = [0] * len(rows), []
+        for i in owners:
+            part = record.parts[i]
+            epoch, k = rows[i][taken[i] % len(rows[i])]
+            taken[i] += 1
+            window = training[part.reads][k]
+            if part.fim_rate:
+                key = ("fim", config.seed, part.reads, epoch, numbers[part.reads][k])
+                sample = rearrange(np.array(window), part.fim_rate, key, tokenizer, Fim.of(tokenizer), config.original)
+                samples.append([x.tolist() for x in sample])
+            else:
+                samples.append([window[:-1], window[1:], [1.0] * config.sequence_length])
+        phases.append((samples, taken))
+    return phases
+
+
+def test_mixed_phases_are_the_fact_sheets(crystal_config, crystal, corpus):
+    manifest, tokenizer = DataManifest.load(crystal), load(crystal)
+    corpora = {
+        "code": [p.read_text() for p in sorted((corpus / "code").iterdir())],
+        "prose": [json.loads(line)["text"] for line in (corpus / "prose.jsonl").read_text().splitlines()],
+    }
+    expected = plain_mixture(corpora, {"code"}, tokenizer, crystal_config, manifest)
+    assert [p.carry for p in manifest.phase_samples] == [True, True]
+    rearranged = 0
+    for (samples, taken), record in zip(expected, manifest.phases):
+        shares = [p.weight / sum(q.weight for q in record.parts) for p in record.parts]
+        assert all(abs(n - share * len(samples)) <= 1 for n, share in zip(taken, shares))
+        sizes = {"sequence_length": manifest.sequence_length, "vocab_size": manifest.vocab_size}
+        found = [
+            [x.tolist() for x in SampleFile(crystal, f, **sizes).read(i)]
+            for f in record.chunk_files
+            for i in range(f.samples)
+        ]
+        assert found == samples
+        rearranged += sum(Fim.of(tokenizer).prefix_id in inputs for inputs, _, _ in found)
+    assert rearranged
+
+
+def test_the_originals_tokens_are_made_on_request(crystal_config, corpus, tmp_path):
+    pytest.importorskip("ftfy")
+    config = dataclasses.replace(crystal_config, out=tmp_path / "set", original=True)
+    manifest = prepare(config, log=quiet)
+    assert manifest.compat == "original"
+    tokenizer = load(config.out)
+    texts = [p.read_text() for p in sorted((corpus / "code").iterdir())]
+    kept = [ids for ids in compat.encode(texts, tokenizer) if ids is not None]
+    code = manifest.sources[0]
+    assert code.tokens == sum(len(ids) + 2 for ids in kept)  # `<s>` and `</s>`
+    assert code.documents == len(kept)
+
+
+@pytest.mark.parametrize("which", ["config", "crystal_config"])
+def test_workers_and_shards_do_not_show(which, request, prepared, crystal, tmp_path):
+    config = request.getfixturevalue(which)
+    reference = contents(prepared if which == "config" else crystal)
+    for n, (workers, shard_bytes) in enumerate([(2, 1 << 26), (1, 700), (4, 3000)]):
+        again = dataclasses.replace(config, out=tmp_path / str(n), engine=Local(workers), shard_bytes=shard_bytes)
+        prepare(again, log=quiet)
+        assert contents(again.out) == reference, (workers, shard_bytes)
+
+
+def test_a_limit_on_text_does_not_depend_on_shards(config, tmp_path):
+    limited = dataclasses.replace(config, max_bytes_per_source=4000, chunks=2)
+    for n, shard_bytes in enumerate([1 << 26, 500, 3000]):
+        again = dataclasses.replace(limited, out=tmp_path / str(n), shard_bytes=shard_bytes, engine=Local(1 + n % 2))
+        manifest = prepare(again, log=quiet)
+        assert contents(again.out) == contents(tmp_path / "0")
+    code, prose = manifest.sources
+    assert 4000 <= code.bytes < 4000 + 1200  # the last document is whole
+    assert 4000 <= prose.bytes < 4000 + 400
+
+
+@pytest.mark.parametrize("which", ["config", "crystal_config"])
+def test_killed_ten_times_gives_the_same_bytes(which, request, prepared, crystal, tmp_path):
+    """SIGKILL at random moments, tokenising, writing chunks or between; the command is then given again."""
+    config = dataclasses.replace(request.getfixturevalue(which), out=tmp_path / "set", shard_bytes=400)
+    reference = contents(prepared if which == "config" else crystal)
+    script = (
+        "import pickle, sys, time\n"
+        "from data.prepare import prepare\n"
+        "slow = lambda line: None\n"
+        "print('ready', flush=True)\n"
+        "prepare(pickle.load(open(sys.argv[1], 'rb')), log=slow)\n"
+    )
+    (tmp_path / "config").write_bytes(__import__("pickle").dumps(config))
+    (tmp_path / "script.py").write_text(script)
+    rng, kills = random.Random(which), 0
+    for _ in range(10):
+        process = subprocess.Popen(
+            [sys.executable, tmp_path / "script.py", tmp_path / "config"],
+            env={"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+        )
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.01, 0.3))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+        process.stdout.close()
+    assert kills >= 5
+    prepare(config, log=quiet)
+    assert contents(config.out) == reference
 
 
 def test_workers_that_finish_out_of_order_do_not_show(config, tmp_path):
@@ -115,7 +252,7 @@ def test_workers_that_finish_out_of_order_do_not_show(config, tmp_path):
     sources = (SourceSpec("code", "embedded:stdlib"), SourceSpec("prose", "embedded:topics"))
     real = dataclasses.replace(config, sources=sources, max_bytes_per_source=1_500_000)
     for workers in (1, 2):
-        prepare(dataclasses.replace(real, out=tmp_path / str(workers), workers=workers), log=quiet)
+        prepare(dataclasses.replace(real, out=tmp_path / str(workers), engine=Local(workers)), log=quiet)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
@@ -144,7 +281,7 @@ def test_only_the_data_set_is_left(prepared):
 def test_complete_data_is_returned_as_it_is(config, prepared):
     before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
     lines = []
-    assert prepare(dataclasses.replace(config, workers=2), log=lines.append) == DataManifest.load(prepared)
+    assert prepare(dataclasses.replace(config, engine=Local(2)), log=lines.append) == DataManifest.load(prepared)
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
     assert lines == [f"{prepared}: already prepared from this configuration, nothing to do"]
 
@@ -173,7 +310,7 @@ def test_a_folder_of_somebody_else_is_not_touched(config, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", ["training", "source prose", "chunks:"])
-def test_an_interrupted_run_is_done_again(config, prepared, tmp_path, stop_at):
+def test_an_interrupted_run_goes_on(config, prepared, tmp_path, stop_at):
     def stop(line: str) -> None:
         if line.startswith(stop_at):
             raise KeyboardInterrupt
@@ -183,18 +320,51 @@ def test_an_interrupted_run_is_done_again(config, prepared, tmp_path, stop_at):
         prepare(again, log=stop)
     with pytest.raises(UserError, match="not found; prepare the data first"):
         DataManifest.load(again.out)
-    prepare(again, log=quiet)
+    kept = {p: p.stat().st_mtime_ns for p in again.out.rglob("*.tokens")}
+    prepare(again, log=lambda line: kept.update({p: 0 for p in kept if p.exists() and p.stat().st_mtime_ns != kept[p]}))
+    assert 0 not in kept.values()  # nothing was tokenised twice
+    assert len(kept) == {"training": 0, "source prose": 2, "chunks:": 2}[stop_at]
     assert contents(again.out) == contents(prepared)
+
+
+def test_an_unfinished_folder_of_another_configuration_is_refused(config, tmp_path):
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dataclasses.replace(config, out=tmp_path / "set"), log=stop)
+    with pytest.raises(UserError, match="unfinished data set of another configuration; give that one to go on"):
+        prepare(dataclasses.replace(config, out=tmp_path / "set", seed=8), log=quiet)
+
+
+def test_sources_that_changed_meanwhile_are_refused(config, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    sources = tuple(
+        dataclasses.replace(s, location=s.location.replace(str(corpus), str(tmp_path / "corpus")))
+        for s in config.sources
+    )
+    mine = dataclasses.replace(config, sources=sources, out=tmp_path / "set")
+
+    def stop(line: str) -> None:
+        if line.startswith("source"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(mine, log=stop)
+    (tmp_path / "corpus" / "code" / "new.py").write_text("x = 1")
+    with pytest.raises(RunError, match=r"source code: the files of .* are not those that this data set was begun with"):
+        prepare(mine, log=quiet)
 
 
 def test_progress_is_logged(config, tmp_path):
     lines = []
     prepare(dataclasses.replace(config, out=tmp_path / "set"), log=lines.append)
-    assert lines[0] == "training a tokenizer of 400 pieces"
-    assert lines[1].startswith("source code: 40 documents, ")
-    assert lines[1].endswith("MB/s); left out: 0 empty, 0 bad")
-    assert lines[3] == "validation: 10 windows held out"
-    assert lines[4].startswith("chunks: 4 of ")
+    assert lines[0] == "training a tokenizer of 400 ids"
+    assert lines[1].startswith("tokenise: 2 of 2")
+    assert lines[2].startswith("source code: 40 documents, ")
+    assert lines[2].endswith(" MB; left out: 0 empty, 0 bad")
+    assert lines[4] == "validation: 10 windows held out"
+    assert lines[-1].startswith("chunks: 4 of 4")
 
 
 def test_bad_records_are_refused_or_counted(config, tmp_path):
@@ -223,24 +393,8 @@ def test_a_source_too_small_is_refused(config, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"cannot be written .*; free space or choose another --out"):
+    with pytest.raises(RunError, match=r"cannot be written .*; free space"):
         prepare(dataclasses.replace(config, out=tmp_path / "file" / "set"), log=quiet)
-
-
-def test_a_lost_worker_is_reported(config, tmp_path):
-    # Stands for a worker that the kernel kills for its memory.
-    script = (
-        "import os, data.prepare as p\n"
-        "def die(task): os._exit(9)\n"
-        "if __name__ == '__main__':\n"
-        "    with p._pool(2) as pool: list(p._ordered(die, iter([(0, 0)]), pool, 2))\n"
-    )
-    (tmp_path / "die.py").write_text(script)
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, tmp_path / "die.py"], env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60
-    )
-    assert "RunError: a worker process was lost (out of memory?); run again with fewer --workers" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -251,7 +405,10 @@ def test_a_lost_worker_is_reported(config, tmp_path):
         ({"chunks": 0}, "chunks = 0: at least 1"),
         ({"sequence_length": 0}, "sequence_length = 0: at least 1"),
         ({"vocab_size": 0}, "vocab_size = 0: at least 1"),
-        ({"workers": 0}, "workers = 0: at least 1"),
+        ({"overlap": -1}, "overlap = -1: at least 0"),
+        ({"overlap": 17}, "overlap = 17: windows of 17 tokens must move on"),
+        ({"layout": "mixture"}, "the layout 'mixture' with 0 phases"),
+        ({"phases": (PhasePlan((Part("code", 1.0),), chunks=1),)}, "the layout 'chunks' with 1 phases"),
         ({"max_bytes_per_source": 0}, "max_bytes_per_source = 0: at least 1"),
         ({"validation_per_source": -1}, "validation_per_source = -1: at least 0"),
         ({"on_bad": "ignore"}, "on_bad = 'ignore': it is one of fail, skip"),
@@ -262,7 +419,34 @@ def test_configurations_that_make_no_sense_are_refused(config, change, message):
         dataclasses.replace(config, **change)
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            (Part("code", 1.0), Part("js", 1.0)),
+            "part js reads the source 'js', which is not given; .* --source js=PATH",
+        ),
+        ((Part("code", 1.0),), "source prose: no phase reads it"),
+    ],
+)
+def test_mixtures_of_other_sources_are_refused(crystal_config, parts, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(crystal_config, phases=(PhasePlan(parts, chunks=1),))
+
+
+def test_phases_that_make_no_sense_are_refused():
+    with pytest.raises(UserError, match="a phase without a mixture"):
+        PhasePlan((), chunks=1)
+    with pytest.raises(UserError, match="its number of chunks or its samples_per_chunk, and not both"):
+        PhasePlan((Part("code", 1.0),))
+
+
+def test_a_tokenizer_without_fim_tokens_is_refused(crystal_config, prepared, tmp_path):
+    without = dataclasses.replace(crystal_config, out=tmp_path / "set", tokenizer=prepared / "tokenizer.model")
+    with pytest.raises(UserError, match="fim_prefix"):
+        prepare(without, log=quiet)
+
+
 def test_workers_need_no_jax():
     code = "import sys, data.prepare; assert not {'jax', 'grain'} & set(sys.modules)"
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,0 +1,62 @@
+"""A data directory while it is being made: whose it is, what is done, and when it is whole.
+
+Until its manifest is written, DATA/work.part holds what was begun and the journals of what is finished. The same
+command goes on with it; another one is refused, as is anything that is not ours.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data.chunks import FORMAT, MANIFEST, DataManifest, written
+from errors import RunError, UserError
+
+_WORK = "work.part"
+
+
+def finished(out: Path, config_sha256: str, log: Callable[[str], object]) -> DataManifest | None:
+    """Return the manifest of a directory that is whole, None if it is not there; UserError if it is of another request.
+
+    Raises RunError when one of its files is missing.
+    """
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = DataManifest.load(out)
+    if manifest.config_sha256 != config_sha256:
+        raise UserError(
+            f"{out} holds data prepared for {manifest.recipe} from another configuration; it is never overwritten: "
+            "choose another --out, or delete the folder yourself"
+        )
+    for file in manifest.files:
+        file.check_size(out)
+    shutil.rmtree(out / _WORK, ignore_errors=True)
+    log(f"{out}: already prepared from this configuration, nothing to do")
+    return manifest
+
+
+@contextmanager
+def working(out: Path, config_sha256: str, **more: Any) -> Iterator[Path]:
+    """Yield the work folder of a directory that is being made; UserError when it is of another request, or not ours.
+
+    The folder goes when the block ends well. `more`: what else must be the same to go on. RunError for a full disk.
+    """
+    work = out / _WORK
+    claim = json.dumps({"config_sha256": config_sha256, "format": FORMAT, **more}) + "\n"
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not work.is_dir():
+            raise UserError(f"{out} exists and was not begun by prepare; choose another --out or an empty folder")
+        path = work / "claim.json"
+        if path.exists() and path.read_text() != claim:
+            raise UserError(
+                f"{out} holds an unfinished data set of another configuration; give that one to go on with it, choose "
+                "another --out, or delete the folder"
+            )
+        with written(path) as part:
+            part.write_text(claim)
+        yield work
+        shutil.rmtree(work)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error}); free space and run the same command again") from error

@@ -1,0 +1,310 @@
+"""From a sample of the training order to the documents in it, and from a document or a text to its samples.
+
+Everything follows from the manifest and the document index; the only tokens read are those of the samples asked for,
+and only a search for a text reads all of them. `data.sample.Schedule` says which step reads a sample.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+import numpy as np
+
+from data.chunks import FileRecord, SampleFile, SourceRecord
+from data.fim import Fim, reassemble
+from data.index import DocumentIndex, read_rows
+from data.loader import ChunkedData
+from data.packing import permutation, training_number, training_window, window_start
+from data.sample import Sample
+from data.tokenizer import Tokenizer, load
+from errors import RunError, UserError
+
+_SEARCHED_AT_ONCE = 256  # samples
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a sample is: window `window` of a source, for the `epoch`-th time in this part of the mixture."""
+
+    chunk: int
+    position: int
+    source: str
+    window: int
+    part: str | None
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a document in a sample: its tokens `tokens` of the sample are the document's own from `skip` on.
+
+    In rearranged samples (fill in the middle) they are those of the window before it was rearranged, and the text is
+    put in order again, as far as the sample holds it.
+    """
+
+    source: str
+    document: str | None
+    """Its id; None in published rows, whose documents have no names."""
+    file: str
+    line: int
+    """In the file, from 1; 0 if the file is the document. Of published rows: the row."""
+    tokens: tuple[int, int]
+    skip: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window of a document went: to a chunk and position, or nowhere (`why`)."""
+
+    window: int
+    chunk: int | None
+    position: int | None
+    why: str | None
+
+
+class Tracer:
+    """Traces in one prepared data set."""
+
+    def __init__(self, data: ChunkedData):
+        self.data, self.manifest = data, data.manifest
+        self._numbers = {s.name: j for j, s in enumerate(self.manifest.sources)}
+        self._index = lru_cache(maxsize=None)(lambda name: DocumentIndex(data.directory, name))
+        self._file = lru_cache(maxsize=4)(self._open)
+
+    def _open(self, record: FileRecord) -> SampleFile:
+        sizes = {"sequence_length": self.manifest.sequence_length, "vocab_size": self.manifest.vocab_size}
+        return SampleFile(self.data.directory, record, **sizes)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The data's own, None if it came without one."""
+        return load(self.data.tokenizer_file) if self.data.tokenizer_file else None
+
+    # ---- from a sample to documents ----------------------------------------------------------------------------
+
+    def origin(self, chunk: int, position: int) -> Origin:
+        """Return what the sample at a position of a chunk is; IndexError outside the data set."""
+        if self.manifest.layout == "chunks":
+            j, w = self.manifest.chunk_layout.window_of(chunk, position)
+            return Origin(chunk, position, self.manifest.sources[int(j)].name, int(w), None, 0)
+        n = self._phase(chunk)
+        phase, mixture = self.manifest.phase_samples[n], self.manifest.mixtures[n]
+        slot = (chunk - phase.first_chunk) * phase.samples_per_chunk + position
+        which, epoch, number = (int(v[0]) for v in mixture.at(np.array([slot])))
+        part = self.manifest.phases[n].parts[which]
+        window = int(training_window(number, self.manifest.held_out[self._numbers[part.reads]]))
+        return Origin(chunk, position, part.reads, window, part.name, epoch)
+
+    def pieces(self, chunk: int, position: int) -> list[Piece]:
+        """Return the documents in a sample, in order; RunError when the sample or the index is corrupt."""
+        origin, sample = self.origin(chunk, position), self.data.sample(chunk, position)
+        source = self._source(origin.source)
+        if not source.documents:
+            return self._rows(source, origin, sample)
+        start = window_start(origin.window, self.manifest.sequence_length, self.manifest.overlap)
+        index = self._index(source.name)
+        spans = index.spans(start, start + self.manifest.sequence_length + 1)
+        texts = self._texts(sample, [((s.start, s.stop), s.skip) for s in spans], self._rearranged(origin))
+        return [
+            Piece(source.name, index.id(s.number), *index.where(s.number), (s.start, s.stop), s.skip, text)
+            for s, text in zip(spans, texts)
+        ]
+
+    def _rearranged(self, origin: Origin) -> bool:
+        parts = self.manifest.phases[self._phase(origin.chunk)].parts
+        return any(p.name == origin.part and p.fim_rate > 0 for p in parts)
+
+    def _text(self, tokens: np.ndarray, begins: bool) -> str:
+        """The text of a part of a document, to the last space: a document's first word has lost its own."""
+        assert self.tokenizer is not None
+        anchor = [] if begins else self.tokenizer.encode("a")
+        return self.tokenizer.decode([*anchor, *tokens.tolist()], skip_special=True)[0 if begins else 1 :]
+
+    def _texts(self, sample: Sample, spans: list[tuple[tuple[int, int], int]], rearranged: bool) -> list[str]:
+        if self.tokenizer is None:
+            return [""] * len(spans)
+        if rearranged:
+            texts = reassemble(sample.inputs, self.tokenizer, Fim.of(self.tokenizer))
+            return [*texts, *[""] * len(spans)][: len(spans)]
+        tokens = sample.tokens
+        return [self._text(tokens[a:b], begins=not skip) for (a, b), skip in spans]
+
+    def _rows(self, source: SourceRecord, origin: Origin, sample: Sample) -> list[Piece]:
+        """The documents of a published row: what its end-of-document tokens delimit."""
+        file, line = self.published_row(origin)
+        ends = [] if self.tokenizer is None else (np.flatnonzero(sample.tokens == self.tokenizer.eos_id) + 1).tolist()
+        edges = [0, *ends, *([] if ends and ends[-1] == len(sample.tokens) else [len(sample.tokens)])]
+        spans = list(pairwise(edges))
+        texts = self._texts(sample, [(span, int(n == 0)) for n, span in enumerate(spans)], False)
+        return [Piece(source.label, None, file, line, span, 0, text) for span, text in zip(spans, texts)]
+
+    def published_row(self, origin: Origin) -> tuple[str, int]:
+        """Return (file, row from 1) of a sample of converted data."""
+        if self.manifest.layout == "chunks":
+            number = permutation(self.manifest.phases[0].samples_per_chunk, self.manifest.seed, origin.chunk)
+            return self.manifest.published[origin.chunk], int(number[origin.position]) + 1
+        row = origin.window
+        for file, rows in read_rows(self.data.directory, origin.source):
+            if row < rows:
+                return file, row + 1
+            row -= rows
+        raise RunError(f"{self.data.directory}: source {origin.source} has no row {origin.window}; prepare it again")
+
+    # ---- from a document to samples ----------------------------------------------------------------------------
+
+    def find(self, document: str) -> list[tuple[str, int]]:
+        """Return (source, number) of the documents with this id; it may be written `source/id` to name one of several.
+
+        Raises UserError when there is none.
+        """
+        found = []
+        for source in self.manifest.sources:
+            for name in {document, document.removeprefix(f"{source.name}/")} if source.documents else ():
+                if (number := self._index(source.name).find(name)) is not None:
+                    found.append((source.name, number))
+        if not found:
+            example = next((f"{s.name}/{self._index(s.name).id(0)}" for s in self.manifest.sources if s.documents), "")
+            raise UserError(
+                f"{self.data.directory}: no document {document!r}; ids look like {example!r}"
+                if example
+                else f"{self.data.directory}: published rows have no document ids; ask with --text or --step"
+            )
+        return found
+
+    def document_id(self, source: str, number: int) -> str:
+        """Return the id of a document by its number in its source's stream."""
+        return self._index(source).id(number)
+
+    def text(self, source: str, number: int) -> str | None:
+        """Return a document's text, put together from the samples that hold it; None where one is not in the data."""
+        record, index = self._source(source), self._index(source)
+        begin, end = index.offsets[number : number + 2].tolist()
+        parts = []
+        for window in index.windows(number, self.manifest.sequence_length, self.manifest.overlap):
+            tokens = self._window(record, window)
+            start = window_start(window, self.manifest.sequence_length, self.manifest.overlap)
+            if not len(tokens):
+                return None
+            if begin < start + len(tokens):
+                parts.append(tokens[begin - start : end - start])
+                begin = start + len(tokens)
+        return self._text(np.concatenate(parts), begins=True) if begin >= end and self.tokenizer else None
+
+    def places(self, source: str, number: int) -> list[Place]:
+        """Return where every window with tokens of a document went, in stream order."""
+        record = self._source(source)
+        windows = self._index(source).windows(number, self.manifest.sequence_length, self.manifest.overlap)
+        return [place for w in windows for place in self._places(record, w)]
+
+    def _places(self, source: SourceRecord, window: int) -> list[Place]:
+        j = self._numbers[source.name]
+        if window >= source.windows:
+            return [Place(window, None, None, "tail: after the last whole window")]
+        if self.manifest.layout == "chunks":
+            place = self.manifest.chunk_layout.place_of(j, window)
+            if isinstance(place, str):
+                return [Place(window, None, None, place)]
+            return [Place(window, *place, None)]
+        held_out = self.manifest.held_out[j]
+        i = int(np.searchsorted(held_out, window))
+        if i < len(held_out) and held_out[i] == window:
+            return [Place(window, None, None, "validation")]
+        number = int(training_number(window, held_out))
+        found = []
+        for phase, record, mixture in zip(self.manifest.phase_samples, self.manifest.phases, self.manifest.mixtures):
+            for which, part in enumerate(record.parts):
+                if part.reads == source.name:
+                    for slot in mixture.slots_of(which, number):
+                        chunk, position = divmod(slot, phase.samples_per_chunk)
+                        found.append(Place(window, phase.first_chunk + chunk, position, None))
+        return found or [Place(window, None, None, "unused")]
+
+    # ---- from a text to samples --------------------------------------------------------------------------------
+
+    def search(self, text: str) -> Iterator[tuple[int, int, list[Piece]]]:
+        """Yield (chunk, position, pieces that hold it) of every sample in which a text begins; reads all chunks.
+
+        A text is found where its words stand in a document, also across the border of two windows, but in rearranged
+        samples only where it was not cut. It is looked for by the tokens of its inner words, which do not depend on
+        what stands around it. Raises UserError when it has no inner word, or the data no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.data.directory}: has no tokenizer, so that no text can be looked for")
+        before, inner, after = _inner_words(text)
+        pattern = np.array(self.tokenizer.encode(inner), np.int32)
+        for chunk, record in enumerate(self.manifest.chunk_files):
+            file = self._file(record)
+            for start in range(0, record.samples, _SEARCHED_AT_ONCE):
+                found = self._candidates(file, start, min(start + _SEARCHED_AT_ONCE, record.samples), pattern)
+                for position, at in found:
+                    if self._holds(chunk, position, at, (before, inner + after)):
+                        pieces = self.pieces(chunk, position)
+                        yield chunk, position, [p for p in pieces if p.tokens[0] <= at < p.tokens[1]]
+
+    def _candidates(self, file: SampleFile, start: int, stop: int, pattern: np.ndarray) -> list[tuple[int, int]]:
+        """(position, token) of samples start..stop-1 where the pattern begins, perhaps to go on beyond the sample."""
+        tokens = np.stack([file.read(p).tokens for p in range(start, stop)])
+        rows, columns = np.nonzero(tokens == pattern[0])
+        for i in range(1, len(pattern)):
+            inside = columns + i < tokens.shape[1]
+            kept = ~inside
+            kept[inside] = tokens[rows[inside], columns[inside] + i] == pattern[i]
+            rows, columns = rows[kept], columns[kept]
+        return [(start + int(r), int(c)) for r, c in zip(rows, columns)]
+
+    def _holds(self, chunk: int, position: int, at: int, text: tuple[str, str]) -> bool:
+        """Whether the text before, and that after, stand around token `at` of a sample and its neighbours."""
+        assert self.tokenizer is not None
+        joined, at = self._around(self.origin(chunk, position), at)
+        ends = np.flatnonzero(joined == self.tokenizer.eos_id)
+        i = int(np.searchsorted(ends, at))
+        begin, end = ends[i - 1] + 1 if i else 0, ends[i] if i < len(ends) else len(joined)
+        before, after = (len(part.encode()) + 2 for part in text)  # tokens: at most one a byte, and some spaces
+        left = self._text(joined[max(begin, at - before) : at], begins=False)
+        right = self._text(joined[at : min(end, at + after)], begins=False)
+        return left.endswith(text[0]) and right.startswith(" " + text[1])
+
+    def _around(self, origin: Origin, at: int) -> tuple[np.ndarray, int]:
+        """The tokens of a window with those of its neighbours that are in the data set, and where `at` is."""
+        overlap, source = self.manifest.overlap, self._source(origin.source)
+        middle = self.data.sample(origin.chunk, origin.position).tokens
+        if self._rearranged(origin):
+            return middle, at
+        before, after = self._window(source, origin.window - 1), self._window(source, origin.window + 1)
+        head = before[: len(before) - overlap] if len(before) else before
+        return np.concatenate([head, middle, after[overlap:]]), at + len(head)
+
+    def _window(self, source: SourceRecord, window: int) -> np.ndarray:
+        """The tokens of a window if it is stored as it is, else none."""
+        if 0 <= window < source.windows:
+            for place in self._places(source, window):
+                if place.chunk is None or place.position is None:
+                    if place.why == "validation":
+                        held_out = self.manifest.held_out[self._numbers[source.name]]
+                        return self._file(source.validation_file).read(int(np.searchsorted(held_out, window))).tokens
+                elif not self._rearranged(self.origin(place.chunk, place.position)):
+                    return self.data.sample(place.chunk, place.position).tokens
+        return np.empty(0, np.int32)
+
+    def _phase(self, chunk: int) -> int:
+        return next(n for n, p in enumerate(self.manifest.phase_samples) if chunk < p.first_chunk + p.chunks)
+
+    def _source(self, name: str) -> SourceRecord:
+        return self.manifest.sources[self._numbers[name]]
+
+
+def _inner_words(text: str) -> tuple[str, str, str]:
+    """Cut a text into what stands before its inner words, those, and the rest: their tokens are the same wherever.
+
+    Words are what lies between single spaces, and the inner ones are all but the first and the last. After several
+    spaces a word's own space may be part of a longer piece. The space in front of the inner words is left out.
+    """
+    words = text.split(" ")
+    first = next((i for i in range(1, len(words) - 1) if words[i] and words[i - 1]), None)
+    if first is None:
+        raise UserError(f"--text {text!r}: give at least three words, so that one has others on both sides")
+    last = max(i for i in range(first, len(words) - 1) if words[i])
+    before, inner = " ".join(words[:first]), " ".join(words[first : last + 1])
+    return before, inner, text[len(before) + 1 + len(inner) :]
