@@ -62,7 +62,7 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
         ["prepare", RECIPE, "--out", str(data_dir), *sources, f"--max-mb-per-source={limit:.1f}", *fields]
     )
 
-    available = data["samples_per_chunk"] // config.data.global_batch
+    available = data["samples_per_chunk"][0] // config.data.global_batch
     if available < 4:
         raise RunError(f"demo: this machine's text fills only {available} steps per chunk; lower --chunks")
     total = chunks * available

@@ -1,9 +1,23 @@
 """Whole runs of Amber, every number with its source (fact sheet = LLM360's published code and cards)."""
 
 from amber_jax.config import AmberConfig
+from data.mixture import Part
 from parallel.mesh import MeshConfig
 from training.config import DataConfig, ExecutionConfig, PhaseConfig, RunConfig, SeriesConfig
 from training.optimizer import AdamWConfig
+
+#: Billions of tokens of each source, in the order in which chunks hold them (fact sheet 3.1, 3.3). Nothing is drawn by
+#: these weights: `prepare` spreads all windows of every source over the chunks. They are what the shares came to, for
+#: comparison with data prepared anew.
+MIXTURE = (
+    Part("arxiv", 30.00),
+    Part("book", 28.86),
+    Part("c4", 197.67),
+    Part("refinedweb", 665.01),
+    Part("stackexchange", 21.75),
+    Part("starcoderdata", 291.92),
+    Part("wikipedia", 23.90),
+)
 
 
 def amber_7b() -> RunConfig:
@@ -24,6 +38,7 @@ def amber_7b() -> RunConfig:
             padding_id=0,
         ),
         data=DataConfig(
+            layout="chunks",
             global_batch=2240,  # 224 GPUs x 10 (fact sheet 2.1)
             sequence_length=2048,
             chunks=360,
@@ -32,7 +47,7 @@ def amber_7b() -> RunConfig:
             seed=11111,
             workers=4,
         ),
-        phases=(PhaseConfig(),),  # one; a checkpoint after every chunk
+        phases=(PhaseConfig(mixture=MIXTURE),),  # one; a checkpoint after every chunk
         optimizer=AdamWConfig(  # fact sheet 2.1
             peak_learning_rate=3e-4,
             final_learning_rate=3e-5,
@@ -75,6 +90,7 @@ def amber_tiny() -> RunConfig:
             padding_id=0,
         ),
         data=DataConfig(
+            layout="chunks",
             global_batch=16,
             sequence_length=256,
             chunks=12,

@@ -8,7 +8,6 @@ and their losses must agree.
 """
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from jax import lax
 from record import record
 
 from data.batch import Batch
-from data.loader import Loader, SyntheticData
+from data.loader import Loader
 from run import recipes
 from training.program import Program, planned_bytes
 from training.step import batch_sharding
@@ -77,15 +76,8 @@ def main():
     config = recipes()[args.recipe]()
     if config.execution.remat != "none" or config.execution.loss_chunks != 1 or config.execution.microbatches != 1:
         sys.exit("bench/step.py compares recipes without rematerialisation, loss chunks and microbatches")
-    d = config.data
-    data = SyntheticData(
-        vocab_size=config.model.vocab_size,
-        sequence_length=d.sequence_length,
-        chunks=d.chunks or 1,
-        samples_per_chunk=max(d.samples_per_chunk or 0, (args.steps + 2) * d.global_batch),
-        seed=d.seed,
-    )
-    config = dataclasses.replace(config, data=dataclasses.replace(d, chunks=None, samples_per_chunk=None)).resolve(data)
+    data = config.synthetic(args.steps)
+    config = config.resolve(data)
     mesh = config.mesh.build(jax.devices()[:1])
     program = Program.plan(config, mesh).compile()
     optimizer = config.optimizer.make(config.phase_steps)
@@ -98,9 +90,14 @@ def main():
     ours = program.init()
     params = jax.device_put(jax.tree.map(jnp.array, ours.params), mesh.devices.flat[0])
     moments = optimizer.init(params)
-    batches = list(
-        Loader(data, global_batch=d.global_batch, microbatches=1, sharding=batch_sharding(mesh)).batches(0, args.steps)
+    loader = Loader(
+        data,
+        phase_steps=config.phase_steps,
+        global_batch=config.data.global_batch,
+        microbatches=1,
+        sharding=batch_sharding(mesh),
     )
+    batches = list(loader.batches(0, args.steps))
     plain_batches = [Batch(*(jax.device_put(a, mesh.devices.flat[0]) for a in b)) for b in batches]
     plain = jax.jit(plain_step, donate_argnums=(0, 1)).lower(params, moments, plain_batches[0]).compile()
 

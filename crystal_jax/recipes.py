@@ -1,45 +1,80 @@
 """Whole runs of CrystalCoder, every number with its source (fact sheet = LLM360's published code, configs, cards)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from crystal_jax.config import CrystalConfig
 from crystal_jax.optimizer import LinearSchedule, MupAdamWConfig
+from data.mixture import Part
 from parallel.mesh import MeshConfig
 from training.config import DataConfig, ExecutionConfig, PhaseConfig, RunConfig, SeriesConfig
 
-#: Sources and weights of each phase at full precision (fact sheet 3.4). Phase 1 reads one half of SlimPajama, phase 2
-#: the other and StarCoder with FIM, phase 3 web languages, a tenth of SlimPajama without GitHub, a tenth of StarCoder.
+
+def _parts(weights: Mapping[str, float], **how: Any) -> tuple[Part, ...]:
+    """Shuffled parts that are read alike: each domain by itself, its epochs together (fact sheet 3.7)."""
+    return tuple(Part(name, weight, shuffle=True, **how) for name, weight in weights.items())
+
+
+#: What each phase reads: weights at full precision (fact sheet 3.4), FIM and epochs (3.6).
 MIXTURES = (
-    (
-        ("ArXiv", 0.043251179622600486, 0.0, 1.0),
-        ("Book", 0.0413121881861869, 0.0, 1.0),
-        ("C4", 0.2665010054745754, 0.0, 1.0),
-        ("CommonCrawl", 0.5334581653397988, 0.0, 1.0),
-        ("Github", 0.04962588209760537, 0.0, 1.0),
-        ("StackExchange", 0.03168034115317788, 0.0, 1.0),
-        ("Wikipedia", 0.03417123812605512, 0.0, 1.0),
+    _parts(
+        {
+            "ArXiv": 0.043251179622600486,
+            "Book": 0.0413121881861869,
+            "C4": 0.2665010054745754,
+            "CommonCrawl": 0.5334581653397988,
+            "Github": 0.04962588209760537,
+            "StackExchange": 0.03168034115317788,
+            "Wikipedia": 0.03417123812605512,
+        },
+        half="even",
     ),
-    (
-        ("ArXiv", 0.016083857723861224, 0.0, 1.0),
-        ("Book", 0.015358576352403003, 0.0, 1.0),
-        ("C4", 0.09909981505117808, 0.0, 1.0),
-        ("CommonCrawl", 0.1983897689052003, 0.0, 1.0),
-        ("Github", 0.018454606218343703, 0.0, 1.0),
-        ("StackExchange", 0.011784941022274698, 0.0, 1.0),
-        ("Wikipedia", 0.012710859995188247, 0.0, 1.0),
-        ("StarCoder_fim_shuffled", 0.6281175747315507, 0.0, 1.0),
+    _parts(
+        {
+            "ArXiv": 0.016083857723861224,
+            "Book": 0.015358576352403003,
+            "C4": 0.09909981505117808,
+            "CommonCrawl": 0.1983897689052003,
+            "Github": 0.018454606218343703,
+            "StackExchange": 0.011784941022274698,
+            "Wikipedia": 0.012710859995188247,
+        },
+        half="odd",
+    )
+    + _parts({"StarCoder_fim_shuffled": 0.6281175747315507}, source="StarCoder", epochs=2, fim_rate=0.9),
+    _parts(
+        {
+            "css": 0.08792775542527535,
+            "javascript": 0.18370762129027085,
+            "html": 0.18536747298179254,
+            "python": 0.34270089587947816,
+        },
+        epochs=3,
+        fim_rate=0.3,
+    )
+    + _parts(  # a tenth of SlimPajama without GitHub; of which half is not stated: ours is of all
+        {
+            "ArXiv": 0.016663255966286664,
+            "Book": 0.00831444671835677,
+            "C4": 0.01685693658811707,
+            "CommonCrawl": 0.058282893778895735,
+            "StackExchange": 0.008379821974060706,
+            "Wikipedia": 0.05835852419497722,
+        },
+        stop=0.1,
+    )
+    + _parts(
+        {"StarCoder_fim_train_shuffled": 0.0334403752024888}, source="StarCoder", epochs=2, fim_rate=0.9, stop=0.1
     ),
-    (
-        ("css", 0.08792775542527535, 0.0, 1.0),
-        ("javascript", 0.18370762129027085, 0.0, 1.0),
-        ("html", 0.18536747298179254, 0.0, 1.0),
-        ("python", 0.34270089587947816, 0.0, 1.0),
-        ("ArXiv", 0.016663255966286664, 0.0, 0.1),
-        ("Book", 0.00831444671835677, 0.0, 0.1),
-        ("C4", 0.01685693658811707, 0.0, 0.1),
-        ("CommonCrawl", 0.058282893778895735, 0.0, 0.1),
-        ("StackExchange", 0.008379821974060706, 0.0, 0.1),
-        ("Wikipedia", 0.05835852419497722, 0.0, 0.1),
-        ("StarCoder_fim_train_shuffled", 0.0334403752024888, 0.0, 0.1),
-    ),
+)
+
+#: The same in small, over any prose, documentation and code (`--source prose=… --source docs=… --source code=…`): one
+#: half, then the other with code to be filled in, then code with less of that and a tenth of the prose. Weights: ours.
+TINY_MIXTURES = (
+    _parts({"prose": 0.6, "docs": 0.4}, half="even"),
+    _parts({"prose": 0.2, "docs": 0.15}, half="odd")
+    + _parts({"code_fim": 0.65}, source="code", epochs=2, fim_rate=0.9),
+    _parts({"code": 0.9}, epochs=3, fim_rate=0.3) + _parts({"prose": 0.1}, stop=0.1),
 )
 
 
@@ -50,7 +85,6 @@ def crystal_7b() -> RunConfig:
     step of each: 53 + 1, 71 + 1 and 16 + 1. It holds every published name that the fact sheet lists. Another cadence is
     another ``series_every_steps``.
     """
-    mixture1, mixture2, mixture3 = MIXTURES
     return RunConfig(
         recipe="crystal_7b",
         model=CrystalConfig(  # fact sheet 1.1, 1.6 and 1.8
@@ -70,18 +104,22 @@ def crystal_7b() -> RunConfig:
             init_std=0.073,
         ),
         data=DataConfig(
+            layout="mixture",
             global_batch=2112,  # fact sheet 2.2: 4,325,376 tokens
             sequence_length=2048,
             chunks=None,
             samples_per_chunk=None,
             validation_per_source=0,
             seed=1,
+            overlap=1,  # fact sheet 3.5, as the two that follow; SlimPajama's documents have no <s>: not known, ours
+            file_samples=50_000,
+            bos_sources=("StarCoder", "css", "javascript", "html", "python"),
             workers=4,
         ),
         phases=(  # steps: fact sheet 2.3
-            PhaseConfig(steps=79_721, series_every_steps=1500, mixture=mixture1),
-            PhaseConfig(steps=214_387, series_every_steps=3000, mixture=mixture2),
-            PhaseConfig(steps=27_728, series_every_steps=1700, mixture=mixture3),
+            PhaseConfig(steps=79_721, series_every_steps=1500, mixture=MIXTURES[0]),
+            PhaseConfig(steps=214_387, series_every_steps=3000, mixture=MIXTURES[1]),
+            PhaseConfig(steps=27_728, series_every_steps=1700, mixture=MIXTURES[2]),
         ),
         optimizer=MupAdamWConfig(  # fact sheet 2.2 and 2.3
             beta1=0.9,
@@ -131,14 +169,18 @@ def crystal_tiny() -> RunConfig:
             init_std=0.073,
         ),
         data=DataConfig(
+            layout="mixture",
             global_batch=16,
             sequence_length=256,
-            chunks=12,
+            chunks=None,
             samples_per_chunk=None,
             validation_per_source=16,
             seed=1,
+            overlap=1,
+            file_samples=16,
+            bos_sources=("code",),
         ),
-        phases=(PhaseConfig(chunks=4), PhaseConfig(chunks=6), PhaseConfig(chunks=2)),
+        phases=tuple(PhaseConfig(chunks=n, mixture=m) for n, m in zip((4, 6, 2), TINY_MIXTURES, strict=True)),
         optimizer=MupAdamWConfig(
             beta1=0.9,
             beta2=0.95,

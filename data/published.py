@@ -271,6 +271,11 @@ class PublishedAmber:
         return _digest("amber", self.sequence_length, self.seed, names)
 
     @property
+    def directory(self) -> Path:
+        """The folder."""
+        return self.folder
+
+    @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer in the folder, None if there is none; the published data set has none."""
         return next(iter(files_in(self.folder)), None)
@@ -509,6 +514,11 @@ class PublishedCrystal:
         names = [(path.relative_to(self.folder).as_posix(), size) for path, size in self._sizes.items()]
         mixtures = [(m.samples, [astuple(part) for part in m.parts]) for m in self.mixtures]
         return _digest("crystal", self.sequence_length, self.seed, mixtures, names)
+
+    @property
+    def directory(self) -> Path:
+        """The folder."""
+        return self.folder
 
     @property
     def tokenizer_file(self) -> Path | None:

@@ -5,14 +5,15 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from data.loader import TokenData
+from data.loader import SyntheticData, TokenData
+from data.mixture import Part
+from data.sample import PhaseSamples, Schedule
 from errors import UserError
 from layers import params
 from layers.model import ModelConfig
@@ -24,29 +25,51 @@ from training.optimizer import OptimizerConfig, at_least
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, in which portions. Order is the prepared data's own (`data.packing`)."""
+    """What is read, in which portions. Order is the prepared data's own (`data.packing`, `data.mixture`)."""
 
+    layout: Literal["chunks", "mixture"]
+    """chunks: one phase of equal chunks, every window of every source spread evenly over them (Amber, fact sheet 3.3);
+    mixture: each phase is drawn from the parts of its own mixture by weight (Crystal, fact sheet 3.4)."""
     global_batch: int
     """Sequences per optimizer step over the whole mesh."""
     sequence_length: int
-    """Tokens per sequence that are predicted; samples hold one more."""
+    """Tokens per sequence that are predicted."""
     chunks: int | None
-    """Chunks of the run; None = as many as the prepared data has."""
+    """In the layout "chunks": chunks of the run; None = as many as the prepared data has."""
     samples_per_chunk: int | None
-    """Sequences in a chunk; None = as in the prepared data."""
+    """Sequences in a chunk; None = as in the prepared data. Of a mixture only how `prepare` cuts phases that name no
+    number of chunks: batches go on from one chunk into the next."""
     validation_per_source: int
     """Sequences that `prepare` draws from every source for validation."""
     seed: int
-    """Seed of the validation draw and of the order inside chunks."""
+    """Seed of the validation draw, of the order inside chunks, of mixtures and of FIM."""
+    overlap: int = 0
+    """Tokens that neighbouring windows of a source share: Amber 0, Crystal 1 (fact sheet 3.2, 3.5)."""
+    file_samples: int = 50_000
+    """Windows that count as one file where a mixture takes every second file of a source (fact sheet 3.4, 3.5)."""
+    bos_sources: tuple[str, ...] = ()
+    """Sources whose documents begin with `<s>` (fact sheet 3.5)."""
     workers: int = 0
     """Loader processes; does not change what is read."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "sequence_length", "chunks", "samples_per_chunk"):
+        for name in ("global_batch", "sequence_length", "chunks", "samples_per_chunk", "file_samples"):
             at_least(f"data.{name}", getattr(self, name), 1)
-        for name in ("validation_per_source", "workers"):
+        for name in ("validation_per_source", "overlap", "workers"):
             at_least(f"data.{name}", getattr(self, name), 0)
-        if self.samples_per_chunk is not None and self.samples_per_chunk < self.global_batch:
+        if self.layout not in ("chunks", "mixture"):
+            raise UserError(f"config: data.layout {self.layout!r}: choose chunks or mixture")
+        if self.overlap > self.sequence_length:
+            raise UserError(
+                f"config: data.overlap={self.overlap} leaves no step from one window of {self.sequence_length}+1 "
+                "tokens to the next; give at most data.sequence_length"
+            )
+        if self.layout == "mixture" and self.chunks is not None:
+            raise UserError(
+                f"config: data.chunks={self.chunks}: of a mixture each phase has its own number; set "
+                "--data.chunks None and --phases.N.chunks, or --data.layout chunks"
+            )
+        if self.layout == "chunks" and (self.samples_per_chunk or self.global_batch) < self.global_batch:
             raise UserError(
                 f"config: data.global_batch={self.global_batch} is larger than a chunk of {self.samples_per_chunk} "
                 "samples, so that no step fits; lower data.global_batch or prepare fewer, larger chunks"
@@ -70,13 +93,14 @@ class PhaseConfig:
     """A part of a run with its own data mixture and learning-rate schedule. Amber has one, Crystal three."""
 
     steps: int | None = None
-    """Updates; None = from ``chunks``, or, in the last phase, what the data has left."""
+    """Updates; None = what its data has. In the layout "chunks": from ``chunks``, or in the last phase all the rest."""
     chunks: int | None = None
-    """Chunks of the prepared data that belong to it, in order."""
+    """Chunks of data that belong to it, in order. Of a mixture: so many as `prepare` cuts the phase into."""
     series_every_steps: int | None = None
     """A series checkpoint after every so many steps of the phase, and after its last; None = after every chunk."""
-    mixture: tuple[tuple[str, float, float, float], ...] = ()
-    """(source, weight, from, to): its share, taken from this part of the source (0 to 1 = all of it)."""
+    mixture: tuple[Part, ...] = ()
+    """What it reads in which shares. In the layout "chunks" that follows from the sources themselves, all of them
+    are read, and the mixture is only what the shares should come to."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "chunks", "series_every_steps"):
@@ -86,9 +110,6 @@ class PhaseConfig:
                 f"config: a phase has steps={self.steps} and chunks={self.chunks}, and one follows from the other; set "
                 "--phases.N.chunks None, or --phases.N.steps None"
             )
-        for source, weight, start, stop in self.mixture:
-            if not 0 < weight < math.inf or not 0 <= start < stop <= 1:
-                raise UserError(f"config: phases.mixture: {source}: weight {weight}, part {start} to {stop}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +202,13 @@ class RunConfig:
         if not self.phases:
             raise UserError("config: phases: a run has at least one")
         self.optimizer.schedule([1] * len(self.phases))  # refuses another number of phases
-        if any(p.steps is None and p.chunks is None for p in self.phases[:-1]):
+        mixed = d.layout == "mixture"
+        if mixed and not all(p.mixture for p in self.phases):
+            raise UserError('config: data.layout is "mixture" and a phase has none; give each phase its mixture')
+        if not mixed and any(p.steps is None and p.chunks is None for p in self.phases[:-1]):
             raise UserError("config: phases: each but the last needs steps or chunks")
+        if mixed and (odd := set(d.bos_sources) - {part.reads for p in self.phases for part in p.mixture}):
+            raise UserError(f"config: data.bos_sources: no mixture reads {', '.join(sorted(odd))}")
         chunks = [p.chunks for p in self.phases]
         if d.chunks is not None and None not in chunks and sum(chunks) != d.chunks:  # type: ignore[arg-type]
             raise UserError(
@@ -192,12 +218,13 @@ class RunConfig:
 
     @property
     def phase_steps(self) -> tuple[int, ...]:
-        """Steps of each phase; with chunks or an open end only known once the config is resolved with its data."""
-        known = [p.chunks * self.data.steps_per_chunk if p.chunks else p.steps for p in self.phases]
-        if known[-1] is None:
-            if self.data.chunks is None:
-                raise ValueError("data.chunks is not known before the config is resolved with its data")
+        """Steps of each phase; what the data decides is only known once the config is resolved with it."""
+        mixed = self.data.layout == "mixture"
+        known = [p.steps if mixed or not p.chunks else p.chunks * self.data.steps_per_chunk for p in self.phases]
+        if known[-1] is None and self.data.chunks is not None:
             known[-1] = self.data.chunks * self.data.steps_per_chunk - sum(n or 0 for n in known[:-1])
+        if None in known:
+            raise ValueError("steps of a phase are not known before the config is resolved with its data")
         return tuple(n or 0 for n in known)
 
     @property
@@ -211,7 +238,7 @@ class RunConfig:
         found: list[Position] = []
         start = 0
         for phase, (config, steps) in enumerate(zip(self.phases, self.phase_steps, strict=True)):
-            every = config.series_every_steps or self.data.steps_per_chunk
+            every = config.series_every_steps or (steps if self.data.layout == "mixture" else self.data.steps_per_chunk)
             for done in sorted({*range(every, steps + 1, every), steps}):
                 found.append(Position(len(found), phase, start + done, done))
             start += steps
@@ -244,13 +271,17 @@ class RunConfig:
             )
 
     def resolve(self, data: TokenData) -> "RunConfig":
-        """This config with chunk counts taken from the data, checked against it.
+        """This config with what it leaves open taken from the data, checked against it.
 
         Args:
             data: what will be read.
 
+        Returns:
+            In the layout "chunks": chunks and samples per chunk are set. Of a mixture: steps and series_every_steps of
+            every phase are set and chunks are None.
+
         Raises:
-            UserError: vocabulary, sequence length or chunks of the data are not those of the recipe.
+            UserError: vocabulary, sequence length, layout, phases or chunks of the data are not those of the recipe.
         """
         if data.vocab_size != self.model.vocab_size:
             raise UserError(
@@ -262,21 +293,76 @@ class RunConfig:
                 f"data: prepared for sequences of {data.sequence_length} tokens and {self.recipe} reads "
                 f"{self.data.sequence_length}; prepare it again, or set --data.sequence-length {data.sequence_length}"
             )
-        for field in ("chunks", "samples_per_chunk"):
-            wanted, there = getattr(self.data, field), getattr(data, field)
-            if wanted is not None and wanted != there:
+        mixed = self.data.layout == "mixture"
+        if any(p.carry != mixed for p in data.phases):
+            there = "chunks" if mixed else "mixture"
+            raise UserError(
+                f'data: was prepared in the layout "{there}" and {self.recipe} reads "{self.data.layout}"; prepare it '
+                f"for this recipe, or set --data.layout {there}"
+            )
+        if len(data.phases) != (wanted := len(self.phases) if mixed else 1):
+            raise UserError(
+                f"data: its number of phases is {len(data.phases)} and {self.recipe} reads {wanted}; prepare it for "
+                "this recipe"
+            )
+        config = self._with_mixed(data.phases) if mixed else self._with_chunks(data.phases[0])
+        Schedule(data.phases, config.phase_steps, self.data.global_batch)  # refuses steps that are not there
+        return config
+
+    def _with_mixed(self, phases: Sequence[PhaseSamples]) -> "RunConfig":
+        """Each phase of the run reads its own of the data; what it leaves open is all that is there."""
+        resolved = []
+        for n, (phase, there) in enumerate(zip(self.phases, phases, strict=True)):
+            steps = phase.steps or there.steps(self.data.global_batch)
+            if not steps:
                 raise UserError(
-                    f"data: {field} is {there} and {self.recipe} says {wanted}; prepare the data for this recipe, or "
-                    f"set --data.{field.replace('_', '-')} {there}"
+                    f"data: phase {n} has {there.samples} samples, fewer than one global batch of "
+                    f"{self.data.global_batch}; lower data.global_batch or prepare more"
                 )
-        resolved = dataclasses.replace(self.data, chunks=data.chunks, samples_per_chunk=data.samples_per_chunk)
-        config = dataclasses.replace(self, data=resolved)
+            every = phase.series_every_steps or -(-steps // (phase.chunks or 1))
+            resolved.append(dataclasses.replace(phase, steps=steps, chunks=None, series_every_steps=every))
+        return dataclasses.replace(self, phases=tuple(resolved))
+
+    def _with_chunks(self, there: PhaseSamples) -> "RunConfig":
+        """The phases of the run divide the one phase of the data among them, by steps or by its chunks."""
+        for field in ("chunks", "samples_per_chunk"):
+            wanted, found = getattr(self.data, field), getattr(there, field)
+            if wanted is not None and wanted != found:
+                raise UserError(
+                    f"data: {field} is {found} and {self.recipe} says {wanted}; prepare the data for this recipe, or "
+                    f"set --data.{field.replace('_', '-')} {found}"
+                )
+        data = dataclasses.replace(self.data, chunks=there.chunks, samples_per_chunk=there.samples_per_chunk)
+        config = dataclasses.replace(self, data=data)
         if min(config.phase_steps) < 1:
             raise UserError(
-                f"data: {data.chunks} chunks of {resolved.steps_per_chunk} steps leave no step for the last of "
+                f"data: {there.chunks} chunks of {data.steps_per_chunk} steps leave no step for the last of "
                 f"{self.recipe}'s phases; prepare more, or set --phases.N.steps"
             )
         return config
+
+    def synthetic(self, steps_per_chunk: int = 100) -> SyntheticData:
+        """Random tokens in this recipe's layout, as much as the run reads.
+
+        Args:
+            steps_per_chunk: batches in a chunk, or in a phase, whose size the recipe leaves open.
+        """
+        d, batch = self.data, self.data.global_batch
+        if d.layout == "chunks":
+            return SyntheticData.of_chunks(
+                vocab_size=self.model.vocab_size,
+                sequence_length=d.sequence_length,
+                chunks=d.chunks or sum(p.chunks or 0 for p in self.phases) or 1,
+                samples_per_chunk=d.samples_per_chunk or steps_per_chunk * batch,
+                seed=d.seed,
+            )
+        phases: list[PhaseSamples] = []
+        for phase in self.phases:
+            first = sum(p.chunks for p in phases)
+            steps = phase.steps or (phase.chunks or 1) * steps_per_chunk
+            size = d.samples_per_chunk or steps_per_chunk * batch
+            phases.append(PhaseSamples(first, steps * batch, size, carry=True))
+        return SyntheticData(self.model.vocab_size, d.sequence_length, tuple(phases), d.seed)
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -356,9 +442,11 @@ def _essential(config: RunConfig) -> dict[str, Any]:
     return value
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
+        if isinstance(item, (list, tuple)):
+            item = dict(enumerate(item))
         flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item})
     return flat
 
@@ -379,19 +467,13 @@ def _build(cls: Any, value: Any, where: str) -> Any:
         elif of and isinstance(item, (list, tuple)):
             if dataclasses.is_dataclass(of):
                 item = tuple(_build(of, x, f"{where}.{name}.{n}") for n, x in enumerate(item))
-            else:
-                item = tuple(_tuple_of(x, of, f"{where}.{name}.{n}") for n, x in enumerate(item))
+            elif not all(_fits(x, of) for x in item):
+                raise UserError(f"config: {where}.{name} is {item!r}, which is not {hint}")
+            item = tuple(item)
         elif not _fits(item, hint):
             raise UserError(f"config: {where}.{name} is {item!r}, which is not {hint}")
         arguments[name] = item
     return cls(**arguments)
-
-
-def _tuple_of(item: Any, hint: Any, where: str) -> tuple[Any, ...]:
-    hints = typing.get_args(hint)
-    if not isinstance(item, (list, tuple)) or len(item) != len(hints) or not all(map(_fits, item, hints)):
-        raise UserError(f"config: {where} is {item!r}, which is not {hint}")
-    return tuple(item)
 
 
 def _fits(item: Any, hint: Any) -> bool:

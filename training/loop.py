@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from checkpoint.files import write_atomically
 from checkpoint.manifest import Manifest, checkpoint_name, code_version, environment
 from checkpoint.series import Entry, Series, SeriesWriter, restore
-from data.loader import Loader, TokenData
+from data.loader import Loader, SyntheticData, TokenData
 from errors import RunError, UserError
 from training import step as steps
 from training.config import Family, RunConfig
@@ -68,14 +68,9 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         RunError: a checkpoint is corrupt, the disk is full.
     """
     config = config.resolve(data)
-    there = data.chunks * config.data.steps_per_chunk
-    if config.total_steps > there:
-        raise UserError(
-            f"data: has {data.chunks} chunks of {config.data.steps_per_chunk} steps, {there:,} in all, and the phases "
-            f"of {config.recipe} have {config.total_steps:,}; prepare more data, or set --phases.N.steps"
-        )
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
+    loader = _loader(config, data, mesh)
     data.check_files()
     _check_directory(run)
     with SeriesWriter(run) as writer, StopRequest() as stop:
@@ -83,9 +78,10 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         _claim(config, run, families)
         writer.clean()
         parent = Series(run).newest()
-        begin = parent.manifest.step if parent else 0
-        end = min(config.total_steps, config.total_steps if stop_at is None else stop_at)
-        _check_continuation(parent, data, run, stop_at)
+        begin = loader.start(_loader_state(parent.manifest, loader)) if parent else 0
+        if stop_at is not None and stop_at < begin:
+            raise UserError(f"--steps {stop_at}: the run has {begin} steps already; give more, or leave it out")
+        end = config.total_steps if stop_at is None else min(config.total_steps, stop_at)
         if parent is None:
             _keep_tokenizer(data, run)
         plan = Program.plan(config, mesh)
@@ -94,18 +90,22 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
 
         metrics, ledger = MetricsWriter(run, begin if parent else None), Ledger(run)
         ledger(
-            "resume" if parent else "start", step=begin, mesh=dict(mesh.shape), parent=parent and parent.manifest.name
+            "resume" if parent else "start",
+            step=begin,
+            mesh=dict(mesh.shape),
+            parent=parent and parent.manifest.name,
+            data="synthetic" if isinstance(data, SyntheticData) else str(getattr(data, "directory", "elsewhere")),
         )
         kept = {0, *(p.step for p in config.positions)}
         log = Log(program, metrics)
-        save = Saver(program, data, writer, ledger, run)
+        save = Saver(program, loader, writer, ledger, run)
         if parent is None:
             save(state, "series", log)
         if begin in kept and begin not in metrics.validated:
             log.validation(begin, program.validate(state.params, data))
 
         done = begin
-        for batch in _loader(config, data, mesh).batches(begin, begin if stop.requested else end):
+        for batch in loader.batches(begin, begin if stop.requested else end):
             state, values = program.train_step(state, batch)
             log.step(done, values)
             done += 1
@@ -129,6 +129,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
 def _loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
     return Loader(
         data,
+        phase_steps=config.phase_steps,
         global_batch=config.data.global_batch,
         microbatches=config.execution.microbatches,
         sharding=steps.batch_sharding(mesh),
@@ -157,13 +158,20 @@ def _claim(config: RunConfig, run: Path, families: Families) -> None:
         value = json.loads(path.read_text())
         there = RunConfig.from_dict(value, families)
     except ValueError as e:
-        if isinstance(value, dict) and "recipe" in value and "phases" not in value:
+        if isinstance(value, dict) and "recipe" in value and (missing := _not_yet(value)):
             raise UserError(
-                f"{run}: was begun by code in which runs had no phases yet; go on with the code_version that its "
+                f"{run}: was begun by code in which runs had no {missing} yet; go on with the code_version that its "
                 "manifests name, or give another --run directory"
             ) from e
         raise UserError(f"{path}: not a run's configuration ({e}); give another --run directory") from e
     config.check_same_run(there, run)
+
+
+def _not_yet(config: dict[str, Any]) -> str | None:
+    """What a run's ``config.json`` lacks because it is older than that, if anything."""
+    if "phases" not in config:
+        return "phases"
+    return "layouts of data" if isinstance(config.get("data"), dict) and "layout" not in config["data"] else None
 
 
 def _refuse_imported(entries: list[Entry], run: Path) -> None:
@@ -174,19 +182,10 @@ def _refuse_imported(entries: list[Entry], run: Path) -> None:
         )
 
 
-def _check_continuation(parent: Entry | None, data: TokenData, run: Path, stop_at: int | None) -> None:
-    """Refuse to go on with other data, or to a step that is already past."""
-    if parent is None:
-        return
-    if parent.manifest.data_sha256 != data.sha256:
-        raise UserError(
-            f"{run}: was trained on data with manifest {str(parent.manifest.data_sha256)[:12]}…, and --data has "
-            f"{data.sha256[:12]}…; give the run's own data, or another --run directory"
-        )
-    if stop_at is not None and stop_at < parent.manifest.step:
-        raise UserError(
-            f"--steps {stop_at}: the run has {parent.manifest.step} steps already; give more, or leave it out"
-        )
+def _loader_state(parent: Manifest, loader: Loader) -> dict[str, Any]:
+    """What `Loader.state` returned when a checkpoint was saved: its manifest holds all of it."""
+    state = loader.state(parent.step) | {"data": parent.data_sha256}
+    return state | ({"global_batch": parent.samples[1] // parent.step} if parent.step else {})
 
 
 def _keep_tokenizer(data: TokenData, run: Path) -> None:
@@ -206,8 +205,8 @@ def _restore(program: Program, entry: Entry) -> TrainState:
 class Saver:
     """Says what a checkpoint is (its manifest) and hands it to the series writer."""
 
-    def __init__(self, program: Program, data: TokenData, writer: SeriesWriter, ledger: Ledger, run: Path):
-        self.program, self.data, self.writer, self.ledger = program, data, writer, ledger
+    def __init__(self, program: Program, loader: Loader, writer: SeriesWriter, ledger: Ledger, run: Path):
+        self.program, self.loader, self.writer, self.ledger = program, loader, writer, ledger
         self.series = Series(run)
         self.versions, self.code = environment(), code_version()
 
@@ -215,7 +214,6 @@ class Saver:
         """Save asynchronously; the arrays may be donated once this returns."""
         log.flush()
         config, step = self.program.config, int(state.step)
-        per_chunk = config.data.steps_per_chunk
         self.writer.wait()  # the parent's manifest must be there to be named
         before = [e for e in self.series.entries() if e.manifest.step < step]
         parent = before[-1] if before else None
@@ -235,12 +233,12 @@ class Saver:
                 phase=config.phase_of(step - 1) if step else 0,
                 step=step,
                 tokens=step * config.data.tokens_per_step,
-                chunk=(step - 1) // per_chunk if step else None,
+                chunk=self.loader.schedule.place(step - 1, batch - 1)[0] if step else None,
                 samples=(since * batch, step * batch),
                 parent=parent.manifest.name if parent else None,
                 parent_sha256=parent.sha256 if parent else None,
                 config_sha256=config.sha256,
-                data_sha256=self.data.sha256,
+                data_sha256=self.loader.data.sha256,
                 mesh=dict(self.program.mesh.shape),
                 device_kind=device.device_kind,
                 process_count=jax.process_count(),

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from data.batch import Batch
 from data.loader import TokenData
+from data.sample import Sample
 from parallel import topology
 from training import state as states
 from training import step as steps
@@ -95,20 +96,19 @@ class Program:
         total = math.fsum(weights.values())
         return {"loss": math.fsum(sums.values()) / total, **losses} if total else {}
 
-    def _batches(self, samples: np.ndarray) -> list[Batch]:
-        """Samples [n, S+1] as batches of the training shape; what is missing in the last one has weight 0."""
+    def _batches(self, samples: Sample) -> list[Batch]:
+        """Samples, arrays of [n, S], as batches of the training shape; what is missing in the last has weight 0."""
         parts, rows = self.config.execution.microbatches, self.config.data.global_batch
         sharding = steps.batch_sharding(self.mesh)
-        batches = []
-        for at in range(0, len(samples), rows):
-            piece = samples[at : at + rows]
-            full = np.zeros((rows, samples.shape[1]), np.int32)
-            full[: len(piece)] = piece
-            mask = np.zeros((rows, samples.shape[1] - 1), np.float32)
-            mask[: len(piece)] = 1.0
-            arrays = [a.reshape(parts, rows // parts, -1) for a in (full[:, :-1], full[:, 1:], mask)]
-            batches.append(Batch(*(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)))
-        return batches
+
+        def array(values: np.ndarray) -> jax.Array:  # [at most rows, S]
+            full = np.zeros((rows, values.shape[1]), values.dtype)
+            full[: len(values)] = values
+            full = full.reshape(parts, rows // parts, -1)
+            return jax.make_array_from_callback(full.shape, sharding, full.__getitem__)
+
+        starts = range(0, len(samples.inputs), rows)
+        return [Batch(*(array(values[at : at + rows]) for values in samples)) for at in starts]
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

@@ -31,6 +31,19 @@ def test_amber_7b_arithmetic():
     assert amber_7b().total_steps * data.tokens_per_step == 1_258_448_486_400
 
 
+def test_amber_7b_is_laid_out_as_published():
+    """Fact sheet 3.1 and 3.3: the sources in the order of the chunks, the billions of tokens of the card."""
+    recipe = amber_7b()
+    (phase,) = recipe.phases
+    assert (recipe.data.layout, recipe.data.overlap, recipe.data.bos_sources) == ("chunks", 0, ())
+    names = ["arxiv", "book", "c4", "refinedweb", "stackexchange", "starcoderdata", "wikipedia"]
+    assert [part.name for part in phase.mixture] == names
+    total = sum(part.weight for part in phase.mixture)
+    assert total == pytest.approx(1259.11)
+    shares = [round(100 * part.weight / total, 2) for part in phase.mixture]
+    assert shares == [2.38, 2.29, 15.70, 52.82, 1.73, 23.18, 1.90]
+
+
 def test_flops_count_every_matrix_once():
     """A model small enough to count by hand: 2 layers, D=8, 2 heads of 4, F=16, V=32, S=4."""
     model = AmberConfig(

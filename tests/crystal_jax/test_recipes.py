@@ -9,9 +9,10 @@ from crystal_jax.config import CrystalConfig
 from crystal_jax.optimizer import MupAdamWConfig
 from crystal_jax.recipes import MIXTURES, crystal_7b, crystal_tiny
 from data.loader import SyntheticData
+from data.sample import PhaseSamples
 from errors import UserError
 from layers import params
-from training.config import Family, Position, RunConfig
+from training.config import Family, PhaseConfig, Position, RunConfig
 
 FAMILIES = {"crystal": Family(CrystalConfig, MupAdamWConfig)}
 
@@ -67,8 +68,45 @@ def test_phases_and_tokens():
     assert tokens == [344_823_300_096, 927_304_384_512, 119_934_025_728]
     assert sum(tokens) == 1_392_061_710_336
     assert [recipe.phase_of(s) for s in (0, 79_720, 79_721, 294_107, 294_108, 321_835)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_mixtures():
+    """Fact sheet 3.4 to 3.7."""
+    recipe = crystal_7b()
+    data = recipe.data
+    assert (data.layout, data.overlap, data.file_samples) == ("mixture", 1, 50_000)
+    assert data.bos_sources == ("StarCoder", "css", "javascript", "html", "python")
+    assert tuple(p.mixture for p in recipe.phases) == MIXTURES
     for mixture in MIXTURES:
-        assert sum(weight for _, weight, _, _ in mixture) == pytest.approx(1, abs=1e-15)
+        assert sum(part.weight for part in mixture) == pytest.approx(1, abs=1e-15)
+        assert all(part.shuffle for part in mixture)
+    first, second, third = ({part.name: part for part in mixture} for mixture in MIXTURES)
+    integers = [11610149, 11089655, 71538312, 143199072, 13321345, 8504126, 9172771]
+    assert [round(part.weight * 268_435_430) for part in first.values()] == integers
+    assert {(part.half, part.fim_rate) for part in first.values()} == {("even", 0.0)}
+    coder = second.pop("StarCoder_fim_shuffled")
+    assert (coder.reads, coder.half, coder.epochs, coder.fim_rate) == ("StarCoder", "all", 2, 0.9)
+    assert list(second) == list(first)
+    assert {(part.half, part.fim_rate) for part in second.values()} == {("odd", 0.0)}
+    for name in ("css", "javascript", "html", "python"):
+        part = third.pop(name)
+        assert (part.epochs, part.fim_rate, part.start, part.stop) == (3, 0.3, 0.0, 1.0)
+    coder = third.pop("StarCoder_fim_train_shuffled")
+    assert (coder.reads, coder.epochs, coder.fim_rate, coder.stop) == ("StarCoder", 2, 0.9, 0.1)
+    assert set(third) == set(first) - {"Github"}
+    assert {(part.half, part.epochs, part.start, part.stop) for part in third.values()} == {("all", 1, 0.0, 0.1)}
+
+
+def test_the_small_recipe_has_the_same_kinds_of_parts():
+    recipe = crystal_tiny()
+    assert (recipe.data.layout, recipe.data.overlap, recipe.data.bos_sources) == ("mixture", 1, ("code",))
+    assert [p.chunks for p in recipe.phases] == [4, 6, 2]
+    assert {part.reads for p in recipe.phases for part in p.mixture} == {"prose", "docs", "code"}
+    assert [[(part.half, part.fim_rate, part.epochs, part.stop) for part in p.mixture] for p in recipe.phases] == [
+        [("even", 0.0, 1, 1.0)] * 2,
+        [("odd", 0.0, 1, 1.0)] * 2 + [("all", 0.9, 2, 1.0)],
+        [("all", 0.3, 3, 1.0), ("all", 0.0, 1, 0.1)],
+    ]
 
 
 def test_the_series_has_143_checkpoints():
@@ -106,12 +144,70 @@ def test_a_recipe_survives_json():
         assert RunConfig.from_dict(json.loads(json.dumps(recipe.to_dict())), FAMILIES) == recipe
 
 
-def test_phases_follow_the_chunks_of_the_data():
-    recipe = crystal_tiny()
-    data = SyntheticData(2048, 256, chunks=12, samples_per_chunk=160, seed=0)
+def mixed(*sizes, samples_per_chunk=160):
+    """Data of one phase for each number of samples."""
+    phases = []
+    for samples in sizes:
+        phases.append(PhaseSamples(sum(p.chunks for p in phases), samples, samples_per_chunk, carry=True))
+    return SyntheticData(2048, 256, tuple(phases), seed=0)
+
+
+def test_each_phase_has_the_steps_of_its_data():
+    recipe, data = crystal_tiny(), mixed(650, 900, 327)
     resolved = recipe.resolve(data)
+    assert resolved.phase_steps == (40, 56, 20)
+    assert [(p.steps, p.chunks, p.series_every_steps) for p in resolved.phases] == [
+        (40, None, 10), (56, None, 10), (20, None, 10),
+    ]  # fmt: skip
+    assert [p.step for p in resolved.positions] == [10, 20, 30, 40, 50, 60, 70, 80, 90, 96, 106, 116]
+    assert resolved.resolve(data) == resolved
+    assert RunConfig.from_dict(json.loads(json.dumps(resolved.to_dict())), FAMILIES) == resolved
+    with pytest.raises(ValueError, match="steps of a phase are not known before"):
+        _ = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, samples_per_chunk=160)).positions
+    phases = tuple(PhaseConfig(n, mixture=p.mixture) for n, p in zip((7, None, 20), recipe.phases))
+    shorter = dataclasses.replace(recipe, phases=phases).resolve(data)
+    assert [(p.steps, p.series_every_steps) for p in shorter.phases] == [(7, 7), (56, 56), (20, 20)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "data", "message"),
+    [
+        ((None, 57, None), mixed(650, 900, 327), "phase 1 has 56 steps of 16 samples, and the run's 57"),
+        ((None, None, None), mixed(650, 15, 327), "phase 1 has 15 samples, fewer than one global batch of 16"),
+        ((None, None, None), mixed(650, 900), "number of phases is 2 and crystal_tiny reads 3"),
+        ((1, 1, 1), mixed(650), "number of phases is 1 and crystal_tiny reads 3"),
+        (
+            (None, None, None),
+            SyntheticData.of_chunks(vocab_size=2048, sequence_length=256, chunks=3, samples_per_chunk=16, seed=0),
+            'in the layout "chunks" and crystal_tiny reads "mixture"; .*--data.layout chunks',
+        ),
+    ],
+)
+def test_refuses_data_that_does_not_fit(steps, data, message):
+    recipe = crystal_tiny()
+    phases = tuple(PhaseConfig(n, mixture=p.mixture) for n, p in zip(steps, recipe.phases))
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(recipe, phases=phases).resolve(data)
+
+
+def in_chunks(recipe, chunks=None):
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, layout="chunks", chunks=chunks))
+
+
+def test_phases_may_divide_the_chunks_of_one_phase_of_data():
+    data = SyntheticData.of_chunks(vocab_size=2048, sequence_length=256, chunks=12, samples_per_chunk=160, seed=0)
+    resolved = in_chunks(crystal_tiny()).resolve(data)
     assert resolved.phase_steps == (40, 60, 20)
     assert [p.step for p in resolved.positions] == list(range(10, 121, 10))
+
+
+def test_synthetic_data_of_a_recipe_fits_it():
+    for recipe, steps in (
+        (crystal_7b(), (79_721, 214_387, 27_728)),
+        (crystal_tiny(), (28, 42, 14)),
+        (in_chunks(crystal_tiny()), (28, 42, 14)),
+    ):
+        assert recipe.resolve(recipe.synthetic(7)).phase_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -134,10 +230,21 @@ def test_refuses_impossible_models(change, message):
         (lambda r: {"phases": r.phases[:2]}, "2 phases, but optimizer.schedules has 3"),
         (lambda r: {"phases": ()}, "a run has at least one"),
         (
-            lambda r: {"phases": (dataclasses.replace(r.phases[0], chunks=5), *r.phases[1:])},
-            r"phases have 5\+6\+2 chunks, and data.chunks is 12",
+            lambda r: {"phases": (dataclasses.replace(r.phases[0], mixture=()), *r.phases[1:])},
+            'data.layout is "mixture" and a phase has none',
         ),
-        (lambda r: {"phases": (dataclasses.replace(r.phases[0], chunks=None), *r.phases[1:])}, "needs steps or chunks"),
+        (
+            lambda r: {"data": dataclasses.replace(r.data, bos_sources=("code", "poems"))},
+            "data.bos_sources: no mixture reads poems",
+        ),
+        (lambda r: {"data": in_chunks(r, 13).data}, r"phases have 4\+6\+2 chunks, and data.chunks is 13"),
+        (
+            lambda r: {
+                "data": in_chunks(r).data,
+                "phases": (dataclasses.replace(r.phases[0], chunks=None), *r.phases[1:]),
+            },
+            "needs steps or chunks",
+        ),
     ],
 )
 def test_refuses_phases_that_do_not_fit(change, message):
@@ -152,8 +259,10 @@ def test_steps_and_chunks_of_one_phase_are_refused():
 
 
 def test_a_phase_without_a_step_is_refused():
-    recipe = crystal_tiny()
-    phases = (*recipe.phases[:2], dataclasses.replace(recipe.phases[2], chunks=None))
-    recipe = dataclasses.replace(recipe, phases=phases, data=dataclasses.replace(recipe.data, chunks=None))
+    recipe = in_chunks(crystal_tiny())
+    recipe = dataclasses.replace(
+        recipe, phases=(*recipe.phases[:2], dataclasses.replace(recipe.phases[2], chunks=None))
+    )
+    data = SyntheticData.of_chunks(vocab_size=2048, sequence_length=256, chunks=10, samples_per_chunk=16, seed=0)
     with pytest.raises(UserError, match=r"10 chunks of 1 steps leave no step for the last of crystal_tiny's phases"):
-        recipe.resolve(SyntheticData(2048, 256, chunks=10, samples_per_chunk=16, seed=0))
+        recipe.resolve(data)

@@ -28,7 +28,7 @@ def small():
     return dataclasses.replace(
         recipe,
         model=model,
-        data=dataclasses.replace(recipe.data, global_batch=8, sequence_length=32, chunks=None),
+        data=dataclasses.replace(recipe.data, global_batch=8, sequence_length=32),
         phases=tuple(dataclasses.replace(p, chunks=None, steps=4) for p in recipe.phases),
         optimizer=dataclasses.replace(recipe.optimizer, schedules=schedules),
     )

@@ -217,7 +217,7 @@ def test_a_trained_crystal_goes_out_and_comes_back(tmp_path):
     for n in range(40):
         (tmp_path / "text" / f"{n}.txt").write_text(prose(n, 300) + code(n, 100))
     train_tokenizer([prose(n, 300) + code(n, 100) for n in range(40)], 300, tmp_path / "small.model")
-    data = ["--data.chunks", 3, "--data.global-batch", 8, "--data.validation-per-source", 2]
+    data = ["--data.layout", "chunks", "--data.chunks", 3, "--data.global-batch", 8, "--data.validation-per-source", 2]
     phases = [w for n in range(3) for w in (f"--phases.{n}.chunks", 1)]
     where = ["--out", tmp_path / "data", "--source", f"x={tmp_path}/text", "--tokenizer", tmp_path / "small.model"]
     assert cli("prepare", "crystal_tiny", *small, *data, *phases, *where) == 0

@@ -1,13 +1,16 @@
 import dataclasses
+import json
 
 import pytest
 
 from amber_jax.config import AmberConfig
 from amber_jax.recipes import amber_7b
 from data.loader import SyntheticData
+from data.mixture import Part
+from data.sample import PhaseSamples
 from errors import UserError
 from parallel.mesh import MeshConfig
-from training.config import Family, RunConfig
+from training.config import Family, PhaseConfig, RunConfig
 from training.optimizer import AdamWConfig
 
 FAMILIES = {"amber": Family(AmberConfig, AdamWConfig)}
@@ -30,6 +33,14 @@ def with_execution(config, **changes):
             lambda c: dataclasses.replace(c.optimizer, peak_learning_rate=float("nan")),
             "nan must be at least 0, and finite",
         ),
+        (lambda c: with_data(c, layout="rows"), "data.layout 'rows': choose chunks or mixture"),
+        (lambda c: with_data(c, overlap=33), "overlap=33 leaves no step from one window of 32"),
+        (lambda c: with_data(c, overlap=-1), "data.overlap=-1 must be at least 0"),
+        (lambda c: with_data(c, file_samples=0), "data.file_samples=0 must be at least 1"),
+        (
+            lambda c: with_data(c, layout="mixture", chunks=3),
+            "data.chunks=3: of a mixture each phase has its own",
+        ),
         (lambda c: with_data(c, samples_per_chunk=4), "global_batch=8 is larger than a chunk of 4 samples"),
         (lambda c: with_data(c, sequence_length=64), "longer than the model's context of 32"),
         (lambda c: with_execution(c, microbatches=3), "microbatches=3 does not divide data.global_batch=8"),
@@ -50,12 +61,20 @@ def test_refuses_impossible_configs(tiny, change, message):
 
 def synthetic(**changes):
     values = {"vocab_size": 64, "sequence_length": 32, "chunks": 3, "samples_per_chunk": 80, "seed": 0}
-    return SyntheticData(**{**values, **changes})
+    return SyntheticData.of_chunks(**{**values, **changes})
 
 
 def test_resolves_what_the_recipe_leaves_open(tiny):
     resolved = tiny.resolve(synthetic())
     assert resolved.total_steps == 3 * 10
+    assert (resolved.data.chunks, resolved.data.samples_per_chunk) == (3, 80)
+
+
+def test_synthetic_data_of_a_recipe_fits_it(tiny):
+    assert tiny.resolve(tiny.synthetic(7)).phase_steps == (7,)
+    assert with_data(tiny, chunks=3).resolve(with_data(tiny, chunks=3).synthetic(7)).phase_steps == (21,)
+    data = amber_7b().synthetic()
+    assert amber_7b().resolve(data).phase_steps == (274_320,)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +91,26 @@ def test_refuses_data_of_another_recipe(tiny, data, message):
         with_data(tiny, chunks=3).resolve(synthetic(**data))
 
 
+def test_data_of_mixtures_is_refused_where_chunks_are_read(tiny):
+    data = SyntheticData(64, 32, (PhaseSamples(0, 80, 40, carry=True),), seed=0)
+    with pytest.raises(
+        UserError, match=r'in the layout "mixture" and amber_tiny reads "chunks".*--data.layout mixture'
+    ):
+        tiny.resolve(data)
+    several = SyntheticData(64, 32, (PhaseSamples(0, 80, 40, carry=False), PhaseSamples(2, 80, 40, carry=False)), 0)
+    with pytest.raises(UserError, match="number of phases is 2 and amber_tiny reads 1"):
+        tiny.resolve(several)
+
+
 def test_a_run_may_move_to_another_mesh_but_not_to_another_recipe(tiny, tmp_path):
     moved = dataclasses.replace(with_execution(tiny, remat="full", microbatches=2), mesh=MeshConfig(tensor=8))
     assert moved.sha256 == tiny.sha256
     moved.check_same_run(tiny, tmp_path)
+    other = dataclasses.replace(tiny, phases=(PhaseConfig(mixture=(Part("a", 1.0), Part("b", 2.0))),))
+    with pytest.raises(UserError, match=r"phases.0.mixture.1.weight: the run has 3.0, asked for 2.0\ngive"):
+        other.check_same_run(
+            dataclasses.replace(other, phases=(PhaseConfig(mixture=(Part("a", 1.0), Part("b", 3.0))),)), tmp_path
+        )
     changed = dataclasses.replace(tiny, seed=2, optimizer=dataclasses.replace(tiny.optimizer, weight_decay=0.5))
     assert changed.sha256 != tiny.sha256
     with pytest.raises(
@@ -95,12 +130,14 @@ def test_a_run_may_move_to_another_mesh_but_not_to_another_recipe(tiny, tmp_path
         (("data",), 3, "config.data has fields int"),
         (("phases",), 5, "config.phases is 5"),
         (("phases",), [5], "config.phases.0 has fields int"),
-        (("phases", 0, "mixture"), [["x", 1.0]], "config.phases.0.mixture.0 is"),
+        (("phases", 0, "mixture"), [["x", 1.0]], "config.phases.0.mixture.0 has fields list"),
+        (("phases", 0, "mixture", 3, "half"), "some", "config.phases.0.mixture.3.half is 'some'"),
+        (("data", "bos_sources"), ["a", 3], r"config.data.bos_sources is \['a', 3\]"),
         (("model",), 3, "not a mapping of fields with a model in it"),
     ],
 )
 def test_a_damaged_file_is_named_by_field(path, value, message):
-    plain = amber_7b().to_dict()
+    plain = json.loads(json.dumps(amber_7b().to_dict()))
     node = plain
     for part in path[:-1]:
         node = node[part]

@@ -18,11 +18,14 @@ import pytest
 from amber_jax.config import AmberConfig
 from checkpoint.series import Series, restore
 from data.loader import ChunkedData, SyntheticData
+from data.mixture import Part
 from data.prepare import PrepareConfig, prepare
+from data.sample import PhaseSamples
 from data.sources import SourceSpec
 from errors import RunError, UserError
 from layers import params
 from parallel.mesh import MeshConfig
+from tests.data.rearranged import Rearranged
 from training import loop
 from training.config import Family, PhaseConfig
 from training.metrics import read_lines
@@ -31,7 +34,7 @@ from training.optimizer import AdamWConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAMILIES = {"amber": Family(AmberConfig, AdamWConfig)}
 #: 3 chunks of 4 steps; rolling checkpoints at steps 3, 6, 9.
-DATA = SyntheticData(vocab_size=64, sequence_length=32, chunks=3, samples_per_chunk=35, seed=5)
+DATA = SyntheticData.of_chunks(vocab_size=64, sequence_length=32, chunks=3, samples_per_chunk=35, seed=5)
 
 
 def train(config, run, data=DATA, **arguments):
@@ -49,10 +52,10 @@ def losses(run):
     return {r["step"]: (r["loss"], r["grad_norm"]) for r in train}
 
 
-def final_state(config, run):
+def final_state(config, run, data=DATA):
     """All arrays of the last series checkpoint, as they are on disk."""
     entry = Series(run).resolve("latest")[0]
-    program = loop.Program.plan(config.resolve(DATA), config.mesh.build())
+    program = loop.Program.plan(config.resolve(data), config.mesh.build())
     state = restore(entry, params=program.abstract.params, optimizer=program.abstract.optimizer)
     return [np.asarray(x) for x in jax.tree.leaves(state)]
 
@@ -84,9 +87,53 @@ def test_resumed_equals_uninterrupted_bit_for_bit(reference, tmp_path):
     assert losses(run) == losses(whole)
     for ours, theirs in zip(final_state(config, run), final_state(config, whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert [e["event"] for e in read_lines(run / "ledger.jsonl") if e["event"] != "save"] == [
-        "start", "stop", "resume", "stop", "resume", "stop", "resume", "finish",
+    told = [e for e in read_lines(run / "ledger.jsonl") if e["event"] != "save"]
+    assert [e["event"] for e in told] == ["start", "stop", "resume", "stop", "resume", "stop", "resume", "finish"]
+    assert [e["data"] for e in told[::2]] == ["synthetic"] * 4
+
+
+#: Two phases of 43 and 33 samples, 5 and 4 batches of eight, in chunks of ten, in two of which most batches lie.
+PHASES = (PhaseSamples(0, 43, 10, carry=True), PhaseSamples(5, 33, 10, carry=True))
+MIXED = Rearranged(64, 32, PHASES, seed=5)
+
+
+@pytest.fixture
+def two_phases(tiny):
+    mixture = (Part("a", 1.0),)
+    phases = (PhaseConfig(chunks=2, mixture=mixture), PhaseConfig(mixture=mixture))
+    return dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, layout="mixture"), phases=phases)
+
+
+def test_resumed_equals_uninterrupted_over_phases_and_masks(two_phases, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(two_phases, whole, MIXED).step == 9
+    for stop in (4, 5):  # in a chunk that a batch shares with the next; at the end of the first phase
+        assert train(two_phases, run, MIXED, stop_at=stop).step == stop
+    assert train(two_phases, run, MIXED).reason == "finished"
+    assert losses(run) == losses(whole)
+    for ours, theirs in zip(final_state(two_phases, run, MIXED), final_state(two_phases, whole, MIXED), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    manifests = [e.manifest for e in Series(run).entries()]
+    assert [(m.name, m.step, m.phase, m.chunk) for m in manifests] == [
+        ("init", 0, 0, None), ("000", 3, 0, 2), ("001", 5, 0, 3), ("002", 9, 1, 8),
     ]  # fmt: skip
+    validated = [[r for r in read_lines(d / "metrics.jsonl") if r["kind"] == "validation"] for d in (run, whole)]
+    assert [r["step"] for r in validated[0]] == [0, 3, 5, 9]
+    assert [r["loss"] for r in validated[0]] == [r["loss"] for r in validated[1]]
+
+
+def test_validation_counts_only_what_counts(two_phases):
+    """Ten samples fill one batch of eight and two rows of another."""
+    config = two_phases.resolve(MIXED)
+    program = loop.Program.plan(config, config.mesh.build()).compile()
+    params = program.init().params
+    losses = program.validate(params, MIXED)
+    assert losses["loss"] == losses["loss/held-out"]
+    assert program.validate(params, dataclasses.replace(MIXED, uncounted=1)) == losses
+    others = dataclasses.replace(MIXED, seed=6)
+    assert program.validate(params, others) != losses
+    weight = sum(float(program.eval_step(params, b)["weight"]) for b in program._batches(MIXED.validation("")))
+    assert weight == MIXED.validation("").weights.sum()
 
 
 def test_resumed_on_other_meshes_follows_the_same_curve(reference, tiny, tmp_path):
@@ -109,8 +156,9 @@ def test_a_killed_process_resumes_to_the_same_bits(reference, tmp_path):
     run = tmp_path / "run"
     fields = {
         "model": dataclasses.asdict(config.model),
-        "data": dataclasses.asdict(config.data) | {"samples_per_chunk": DATA.samples_per_chunk, "chunks": 3},
+        "data": dataclasses.asdict(config.data) | {"samples_per_chunk": 35, "chunks": 3},
     }
+    del fields["data"]["bos_sources"]  # none, which is no flag
     flags = [f"--{part}.{k.replace('_', '-')}={v}" for part, values in fields.items() for k, v in values.items()]
     rate = ["--optimizer.peak-learning-rate=1e-2", "--optimizer.warmup-steps=5", "--series.rolling-every-steps=3"]
     flags = [f for f in flags if "seed" not in f] + ["--data.seed=5", *rate]
@@ -201,16 +249,23 @@ def test_a_signal_saves_and_leaves(tiny, tmp_path, monkeypatch, number):
 
 def test_phases_longer_than_the_data_are_refused_before_anything_is_written(tiny, tmp_path):
     longer = dataclasses.replace(tiny, phases=(PhaseConfig(steps=1000),))
-    with pytest.raises(UserError, match="the phases of amber_tiny have 1,000; prepare more data"):
+    with pytest.raises(UserError, match="phase 0 has 12 steps of 8 samples, and the run's 1,000; prepare more"):
         train(longer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_from_before_phases_says_so(tiny, tmp_path):
     old = tiny.to_dict()
+    del old["data"]["layout"], old["data"]["overlap"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="was begun by code in which runs had no layouts of data yet; go on with the"):
+        train(tiny, tmp_path)
     del old["phases"], old["loss_over"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="was begun by code in which runs had no phases yet"):
+        train(tiny, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny.to_dict() | {"data": 3}))
+    with pytest.raises(UserError, match=r"not a run's configuration \(config: config.data has fields int"):
         train(tiny, tmp_path)
 
 
@@ -262,14 +317,15 @@ def test_validation_loss_by_source(tiny, tmp_path):
     data = ChunkedData(data_dir)
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=270))
     run = tmp_path / "run"
-    train(config, run, data, stop_at=data.samples_per_chunk // 8)
+    train(config, run, data, stop_at=data.phases[0].samples_per_chunk // 8)
     first, second = (r for r in read_lines(run / "metrics.jsonl") if r["kind"] == "validation")
     assert first["loss"] == pytest.approx(np.log(270), abs=0.05)
     assert first["loss"] == pytest.approx(first["loss/syllables"])
     assert second["loss"] < first["loss"] - 1
+    assert read_lines(run / "ledger.jsonl")[0]["data"] == str(data_dir)
     assert (run / "tokenizer.model").read_bytes() == data.tokenizer_file.read_bytes()
     resumed = tmp_path / "resumed"
-    for stop in (3, data.samples_per_chunk // 8):
+    for stop in (3, data.phases[0].samples_per_chunk // 8):
         train(config, resumed, data, stop_at=stop)
     timeless = [
         [{k: v for k, v in r.items() if k in ("kind", "step") or "loss" in k} for r in read_lines(d / "metrics.jsonl")]
