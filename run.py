@@ -315,9 +315,10 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
     if args.out is None:
         raise UserError("prepare: --out DIR is missing; only --dry-run works without one")
     if args.check:
-        return _check(args.out, _engine(args), args.json)
+        return _check(args.out, _engine(args, args.out), args.json)
     if args.from_published is not None:
         from data.convert import from_published
+        from data.folder import WORK
 
         manifest = from_published(
             _published(args.from_published, config),
@@ -325,7 +326,7 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
             recipe=config.recipe,
             samples_per_chunk=config.data.samples_per_chunk or 100 * config.data.global_batch,
             tokenizer=args.tokenizer,
-            engine=_engine(args),
+            engine=_engine(args, args.out / WORK),
             log=note,
         )
     else:
@@ -345,7 +346,7 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
     if args.to == "jsonl":
         from data.convert import to_jsonl
 
-        result["published"] = str(to_jsonl(args.out, args.out / "published", _engine(args), note))
+        result["published"] = str(to_jsonl(args.out, args.out / "published", _engine(args, args.out), note))
     if not args.json:
         print("\n".join(outline.share_lines(written)))
         sizes = ", ".join(f"{p.samples:,}" for p in manifest.phases)
@@ -372,12 +373,13 @@ def _sources(args: Prepare) -> tuple[Any, ...]:
     return tuple(dataclasses.replace(s, bos=s.name in args.config.data.bos_sources) for s in specs.values())
 
 
-def _engine(args: Prepare) -> Any:
+def _engine(args: Prepare, shared: Path) -> Any:
+    """The engine; Beam's workers leave their results in the folder `shared`."""
     from data.engines import Beam, Local
 
     if args.engine == "local":
         return Local(args.workers)
-    return Beam((f"--runner={args.runner}", *(f"--{option}" for option in args.runner_option)))
+    return Beam((f"--runner={args.runner}", *(f"--{option}" for option in args.runner_option)), shared)
 
 
 def _plan(args: Prepare) -> dict[str, Any]:
@@ -431,6 +433,7 @@ def _outline(args: Prepare) -> dict[str, Any]:
 
 
 def _prepare_config(args: Prepare, out: Path) -> Any:
+    from data.folder import WORK
     from data.prepare import PrepareConfig
 
     data = args.config.data
@@ -451,7 +454,7 @@ def _prepare_config(args: Prepare, out: Path) -> Any:
         tokenizer=args.tokenizer,
         on_bad=args.on_bad,
         max_bytes_per_source=None if args.max_mb_per_source is None else int(args.max_mb_per_source * 1e6),
-        engine=_engine(args),
+        engine=_engine(args, out / WORK),
         **_plan(args),
     )
 

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data.chunks import FORMAT, MANIFEST, DataManifest, written
 from errors import RunError, UserError
 
-_WORK = "work.part"
+WORK = "work.part"
 
 
 def finished(out: Path, config_sha256: str, log: Callable[[str], object]) -> DataManifest | None:
@@ -32,27 +31,27 @@ def finished(out: Path, config_sha256: str, log: Callable[[str], object]) -> Dat
         )
     for file in manifest.files:
         file.check_size(out)
-    shutil.rmtree(out / _WORK, ignore_errors=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     log(f"{out}: already prepared from this configuration, nothing to do")
     return manifest
 
 
 @contextmanager
-def working(out: Path, config_sha256: str, **more: Any) -> Iterator[Path]:
+def working(out: Path, sha256: str) -> Iterator[Path]:
     """Yield the work folder of a directory that is being made; UserError when it is of another request, or not ours.
 
-    The folder goes when the block ends well. `more`: what else must be the same to go on. RunError for a full disk.
+    `sha256` is of what must be the same to go on. The folder goes when the block ends well. RunError for a full disk.
     """
-    work = out / _WORK
-    claim = json.dumps({"config_sha256": config_sha256, "format": FORMAT, **more}) + "\n"
+    work = out / WORK
+    claim = json.dumps({"sha256": sha256, "format": FORMAT}) + "\n"
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not work.is_dir():
             raise UserError(f"{out} exists and was not begun by prepare; choose another --out or an empty folder")
         path = work / "claim.json"
         if path.exists() and path.read_text() != claim:
             raise UserError(
-                f"{out} holds an unfinished data set of another configuration; give that one to go on with it, choose "
-                "another --out, or delete the folder"
+                f"{out} holds an unfinished data set of other sources or another tokenizer; give those to go on with it, "
+                "choose another --out, or delete the folder"
             )
         with written(path) as part:
             part.write_text(claim)

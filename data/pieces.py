@@ -5,16 +5,20 @@ conversion gives. What is wrong with one is a ValueError here; `data.tokenizer` 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, final
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
+from data.fast_pieces import Cuts, FastPieces, find_cuts
 from errors import UserError
 
 # sentencepiece_model.proto, by hand: its Python module cannot share a process with transformers' copy of it.
-_PIECE, _TRAINER = 0x0A, 0x12  # tags in a model
-_PIECE_TYPE, _MODEL_TYPE = 0x18, 0x18  # tags in those
+_PIECE, _TRAINER, _NORMALIZER = 0x0A, 0x12, 0x1A  # tags in a model
+_PIECE_TYPE, _MODEL_TYPE, _CHARACTERS_MAP, _DUMMY_PREFIX = 0x18, 0x18, 0x12, 0x18  # tags in those
 _CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
 
 _SPACES_AND_LETTERS = "  a  b ﬁ Ａ e\u0301\t\r\n "  # a normaliser that changes anything changes some of this
@@ -27,9 +31,15 @@ class Pieces(Protocol):
     special: dict[str, int]
     bos_id: int  # -1 if there is none
     eos_id: int  # -1 if there is none
+    unk_id: int  # -1 if there is none
+    byte_of: dict[int, int]  # the byte of each piece that stands for one
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, none of them special."""
+        ...
+
+    def encode_to(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[np.ndarray]:
+        """Return encode(texts) as arrays, as fast as can be."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -51,13 +61,23 @@ class SentencePieces:
         sentencepiece.SentencePieceProcessor(model_proto=model)  # a strict reader, before ours
         self._model = model
         p = self._processor = sentencepiece.SentencePieceProcessor(model_proto=_without_user_defined(model))
-        self.size, self.bos_id, self.eos_id = p.vocab_size(), p.bos_id(), p.eos_id()
+        self.size, self.bos_id, self.eos_id, self.unk_id = p.vocab_size(), p.bos_id(), p.eos_id(), p.unk_id()
         self.special = {p.id_to_piece(i): i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)}
-        _check_bytes(p.id_to_piece(i) for i in range(self.size) if p.is_byte(i))
+        self.byte_of = _byte_of({p.id_to_piece(i): i for i in range(self.size) if p.is_byte(i)})
+        self._fast: dict[np.dtype, FastPieces] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, none of them special."""
         return self._processor.encode(list(texts))
+
+    def encode_to(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[np.ndarray]:
+        """Return encode(texts) as arrays; several times faster than encode where the vocabulary is like LLaMA's."""
+        dtype = np.dtype(dtype)
+        if self._cuts is None:
+            return [np.array(ids, dtype) for ids in self.encode(texts)]
+        if dtype not in self._fast:
+            self._fast[dtype] = FastPieces(self._cuts, self._encode_part, dtype)
+        return [self._fast[dtype].encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, none of them special."""
@@ -81,12 +101,9 @@ class SentencePieces:
     def to_json(self) -> dict[str, Any]:
         """Return the content of a `tokenizer.json` with the same ids; ValueError where there cannot be one."""
         p, pieces = self._processor, [self._processor.id_to_piece(i) for i in range(self.size)]
-        trainer = next((range_ for tag, *range_ in _fields(self._model) if tag == _TRAINER), [0, 0])
-        bpe = any(tag == _MODEL_TYPE and self._model[at] == _BPE for tag, at, _ in _fields(self._model, *trainer))
-        if not bpe or p.normalize(_SPACES_AND_LETTERS) != "▁" + _SPACES_AND_LETTERS.replace(" ", "▁"):
+        if not self._is_plain_bpe:
             raise ValueError("only a BPE model that leaves text as it is, as LLaMA's, can be a tokenizer.json")
-        special = {*self.special.values()}
-        parts = {s: i for i, s in enumerate(pieces) if not (i in special or p.is_byte(i) or p.is_unused(i))}
+        parts = {s: i for s, i in self._parts.items() if not p.is_unused(i)}
         # All ways to make a piece of two others, the best piece first: what SentencePiece tries, in its order.
         merges = sorted(
             (-p.get_score(i), parts[s[:k]], parts[s[k:]])
@@ -115,6 +132,32 @@ class SentencePieces:
             "model": model,
         }
 
+    @cached_property
+    def _is_plain_bpe(self) -> bool:
+        """Whether it is BPE on a `▁` and the text, in which nothing is changed but a space to `▁`."""
+        bpe = any(self._model[at] == _BPE for at, _ in _inside(self._model, _TRAINER, _MODEL_TYPE))
+        mapped = any(start < stop for start, stop in _inside(self._model, _NORMALIZER, _CHARACTERS_MAP))
+        kept = self._processor.normalize(_SPACES_AND_LETTERS) == "▁" + _SPACES_AND_LETTERS.replace(" ", "▁")
+        return bpe and kept and not mapped
+
+    @cached_property
+    def _parts(self) -> dict[str, int]:
+        """The ids of the pieces that BPE makes of text: all but special ones and bytes."""
+        apart = {*self.special.values(), *self.byte_of}
+        return {self._processor.id_to_piece(i): i for i in range(self.size) if i not in apart}
+
+    @cached_property
+    def _cuts(self) -> Cuts | None:
+        return find_cuts(self._parts) if self._is_plain_bpe else None
+
+    @cached_property
+    def _part_processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=_without_word_start(_without_user_defined(self._model)))
+
+    def _encode_part(self, part: str) -> list[int]:
+        """Return the ids of a part of a text, without a `▁` before it."""
+        return self._part_processor.encode(part)
+
 
 @final
 class JsonPieces:
@@ -132,7 +175,7 @@ class JsonPieces:
                 raise ValueError(f"its model is {model['type']}, and only BPE with byte fallback, as LLaMA's, is read")
             vocab: dict[str, int] = model["vocab"]
             self.special = {token["content"]: token["id"] for token in added}
-            _check_bytes(vocab)
+            self.byte_of = _byte_of(vocab)
             _check_ids(vocab, self.special)
             merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
             # Left to itself the library finds special tokens wherever text spells them, and adds some by a template.
@@ -146,10 +189,15 @@ class JsonPieces:
             raise ValueError(str(error)) from error
         self.size = len(vocab | self.special)
         self.bos_id, self.eos_id = self.special.get("<s>", -1), self.special.get("</s>", -1)
+        self.unk_id = (vocab | self.special).get(model.get("unk_token"), -1)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, none of them special."""
         return [e.ids for e in self._tokenizer.encode_batch(list(texts))]
+
+    def encode_to(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[np.ndarray]:
+        """Return encode(texts) as arrays."""
+        return [np.array(ids, dtype) for ids in self.encode(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, none of them special."""
@@ -160,9 +208,11 @@ class JsonPieces:
         return self._json | {"truncation": None, "padding": None, "post_processor": None}
 
 
-def _check_bytes(pieces: Iterable[str]) -> None:
-    if lost := {f"<0x{b:02X}>" for b in range(256)}.difference(pieces):
+def _byte_of(ids: Mapping[str, int]) -> dict[int, int]:
+    spelled = {f"<0x{b:02X}>": b for b in range(256)}
+    if lost := spelled.keys() - ids.keys():
         raise ValueError(f"it has no piece {min(lost)}; only a vocabulary with all 256 bytes can write every text")
+    return {ids[piece]: b for piece, b in spelled.items()}
 
 
 def _check_ids(vocab: Mapping[str, int], special: Mapping[str, int]) -> None:
@@ -182,12 +232,22 @@ def _replace(old: str, new: str) -> dict[str, Any]:
 def _without_user_defined(model: bytes) -> bytes:
     """Return the model with control pieces for the user-defined ones: the same ids, found in no text."""
     out = bytearray(model)
-    for tag, *piece in _fields(model):
-        if tag == _PIECE:
-            for inner, at, _ in _fields(model, *piece):
-                if inner == _PIECE_TYPE and model[at] == _USER_DEFINED:
-                    out[at] = _CONTROL
+    for at, _ in _inside(model, _PIECE, _PIECE_TYPE):
+        if model[at] == _USER_DEFINED:
+            out[at] = _CONTROL
     return bytes(out)
+
+
+def _without_word_start(model: bytes) -> bytes:
+    """Return the model without the `▁` that it puts before a text."""
+    return model + _field(_NORMALIZER, bytes([_DUMMY_PREFIX, 0]))  # a message given twice is merged
+
+
+def _inside(message: bytes, outer: int, inner: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of every value with tag `inner` in a message with tag `outer` in this one."""
+    for tag, *value in _fields(message):
+        if tag == outer:
+            yield from ((start, stop) for tag, start, stop in _fields(message, *value) if tag == inner)
 
 
 def _fields(message: bytes, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:

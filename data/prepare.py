@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -129,10 +130,23 @@ class PrepareConfig:
     @property
     def sha256(self) -> str:
         """SHA-256 of everything that the result depends on: all fields but `out`, `engine` and `shard_bytes`."""
-        values = dataclasses.asdict(dataclasses.replace(self, engine=Local(1)))
-        for name in ("out", "engine", "shard_bytes"):
-            del values[name]
+        return self._digest(f.name for f in dataclasses.fields(self) if f.name not in ("out", "engine", "shard_bytes"))
+
+    @property
+    def streams_sha256(self) -> str:
+        """SHA-256 of what the token streams in the work folder depend on: they serve any layout of their windows.
+
+        `on_bad` is not among it: a shard that is done under "fail" had nothing to skip.
+        """
+        fields = ("recipe", "sources", "vocab_size", "tokenizer", "original", "max_bytes_per_source", "shard_bytes")
+        return self._digest((*fields, "fills_in"))
+
+    def _digest(self, fields: Iterable[str]) -> str:
+        values = {name: getattr(self, name) for name in fields}
+        values["sources"] = [dataclasses.asdict(s) for s in self.sources]
         values["tokenizer"] = None if self.tokenizer is None else load(self.tokenizer).sha256
+        if "phases" in values:
+            values["phases"] = [dataclasses.asdict(p) for p in self.phases]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -146,11 +160,12 @@ def prepare(config: PrepareConfig, log: Log = print) -> DataManifest:
     out = Path(config.out)
     if there := finished(out, config.sha256, log):
         return there
-    with working(out, config.sha256, shard_bytes=config.shard_bytes) as work, config.engine:
+    with working(out, config.streams_sha256) as work, config.engine:
         tokenizer = _tokenizer(config, work, log)
         shards = [_planned(config, spec, work) for spec in config.sources]
         streams = _tokenise(config, shards, tokenizer, work, log)
         design = _design(config, streams, tokenizer.path)
+        _begin_layout(config, work)
         manifest = _write(config, design, streams, tokenizer, work, log)
         manifest.save(out)
     return manifest
@@ -172,6 +187,19 @@ def _planned(config: PrepareConfig, spec: SourceSpec, work: Path) -> tuple[Shard
     with written(path) as part:
         part.write_text(text)
     return shards
+
+
+def _begin_layout(config: PrepareConfig, work: Path) -> None:
+    """Go on with this layout of the windows, or, if another was begun before, take away what was written of it."""
+    path = work / "layout.json"
+    text = json.dumps({"config_sha256": config.sha256}) + "\n"
+    if path.exists() and path.read_text() == text:
+        return
+    for folder in ("chunks", "validation"):
+        shutil.rmtree(Path(config.out) / folder, ignore_errors=True)
+        shutil.rmtree(work / folder, ignore_errors=True)
+    with written(path) as part:
+        part.write_text(text)
 
 
 def _tokenizer(config: PrepareConfig, work: Path, log: Log) -> Tokenizer:
@@ -401,7 +429,7 @@ class _WriteChunk(Task):
     @property
     def journal(self) -> Path:
         """Says that it is done."""
-        return self.design.parent / f"chunk-{self.chunk:03}.json"
+        return self.design.parent / "chunks" / f"{self.chunk:03}.json"
 
     @property
     def weight(self) -> int:
@@ -429,7 +457,7 @@ class _WriteValidation(Task):
     @property
     def journal(self) -> Path:
         """Says that it is done."""
-        return self.design.parent / f"validation-{self.name}.json"
+        return self.design.parent / "validation" / f"{self.name}.json"
 
     def run(self) -> dict[str, Any]:
         """Write the file and return its record."""
@@ -466,7 +494,8 @@ def _write(
     config: PrepareConfig, design: _Design, streams: Sequence[_Stream], tokenizer: Tokenizer, work: Path, log: Log
 ) -> DataManifest:
     """Write chunks, validation samples and indices, and return the manifest of all."""
-    out, path = Path(config.out), work / "design.pickle"
+    out = Path(config.out)
+    path = work / f"design-{config.sha256[:16]}.pickle"  # a name of its own: processes keep what they have read
     with written(path) as part:
         part.write_bytes(pickle.dumps(design))
     totals = [m.samples for m in design.phases] or [config.chunks * design.samples_per_chunk[0]]

@@ -16,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import final
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from data.pieces import JsonPieces, Pieces, SentencePieces
@@ -48,6 +50,16 @@ class Tokenizer:
     def bos_id(self) -> int:
         """The id that may begin a document (LLaMA: 1; LLM360's data never uses it); -1 if there is none."""
         return self.pieces.bos_id
+
+    @property
+    def unk_id(self) -> int:
+        """The id of what is in no vocabulary (LLaMA: 0; no text has it, as bytes spell everything); -1 if none."""
+        return self.pieces.unk_id
+
+    @property
+    def byte_of(self) -> dict[int, int]:
+        """The byte that an id stands for, of the 256 ids that spell characters without a piece of their own."""
+        return self.pieces.byte_of
 
     @property
     def special(self) -> dict[str, int]:
@@ -89,6 +101,17 @@ class Tokenizer:
             [i for k, part in enumerate(parts) for i in ([self.pieces.special[part]] if k % 2 else next(encoded))]
             for parts in cut
         ]
+
+    def encode_to(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[np.ndarray]:
+        """Return encode(text) of each text as an array [tokens], several times faster than encode_many.
+
+        What was read is remembered, for each dtype by itself: give it one dtype, and many texts one call after the
+        other. ValueError when the dtype is no integer type with room for every id.
+        """
+        dtype = np.dtype(dtype)
+        if dtype.kind not in "iu" or np.iinfo(dtype).max < self.vocab_size - 1:
+            raise ValueError(f"{dtype} cannot hold the ids of a vocabulary of {self.vocab_size}")
+        return self.pieces.encode_to(texts, dtype)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Return the text of ids, special tokens as they are spelled or left out: encode's inverse.

@@ -333,8 +333,24 @@ def test_an_unfinished_folder_of_another_configuration_is_refused(config, tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         prepare(dataclasses.replace(config, out=tmp_path / "set"), log=stop)
-    with pytest.raises(UserError, match="unfinished data set of another configuration; give that one to go on"):
-        prepare(dataclasses.replace(config, out=tmp_path / "set", seed=8), log=quiet)
+    with pytest.raises(UserError, match="unfinished data set of other sources or another tokenizer; give those to go"):
+        prepare(dataclasses.replace(config, out=tmp_path / "set", vocab_size=401), log=quiet)
+
+
+def test_another_layout_takes_the_tokens_of_an_unfinished_one(config, prepared, tmp_path):
+    """A mistake in the number of chunks costs no tokenising, and leaves nothing behind."""
+
+    def stop(line: str) -> None:
+        if line.startswith("chunks:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dataclasses.replace(config, out=tmp_path / "set", chunks=9, seed=8), log=stop)
+    assert len(list((tmp_path / "set" / "chunks").iterdir())) == 9
+    lines = []
+    prepare(dataclasses.replace(config, out=tmp_path / "set"), log=lines.append)
+    assert "tokenise: all 2 tasks were done before" in lines
+    assert contents(tmp_path / "set") == contents(prepared)
 
 
 def test_sources_that_changed_meanwhile_are_refused(config, corpus, tmp_path):

@@ -96,6 +96,7 @@ def test_llama():
     llama = load(KEPT / "llama.model")
     assert (llama.vocab_size, llama.bos_id, llama.eos_id) == (32000, 1, 2)
     assert llama.special == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert (llama.unk_id, llama.byte_of) == (0, {3 + byte: byte for byte in range(256)})
     assert llama.encode("") == []
     assert llama.encode("Hello world") == [15043, 3186]
     assert llama.encode("a\n") == [263, 13]
@@ -152,6 +153,14 @@ def test_any_text_comes_back(extended, text):
     assert extended.decode(extended.encode(text)) == extended.decode(extended.encode(text, special=True)) == text
 
 
+def test_bytes_spell_what_has_no_piece(small, as_json):
+    for tokenizer in (small, as_json):
+        ids = tokenizer.encode("🦙")
+        assert bytes(tokenizer.byte_of[i] for i in ids[1:]) == "🦙".encode()
+        assert not tokenizer.byte_of.keys() & {*tokenizer.encode("the of"), *tokenizer.special.values()}
+        assert tokenizer.unk_id == tokenizer.special["<unk>"] == 0
+
+
 def test_text_is_special_only_when_asked(extended):
     for text in [*texts(3, 50), *extended.special, "".join(extended.special)]:
         assert not {*extended.special.values()} & {*extended.encode(text)}
@@ -176,12 +185,14 @@ def test_a_copy_is_the_same_tokenizer(extended, as_json, tmp_path):
         for same in (load(tmp_path / tokenizer.name), pickle.loads(pickle.dumps(tokenizer))):
             assert (same.sha256, same.special) == (tokenizer.sha256, tokenizer.special)
             assert same.encode_many(AWKWARD, special=True) == tokenizer.encode_many(AWKWARD, special=True)
+            assert [ids.tolist() for ids in same.encode_to(AWKWARD, "u2")] == tokenizer.encode_many(AWKWARD)
 
 
 def test_tokenizer_json_is_the_same_tokenizer(extended, as_json):
     assert as_json.name == "tokenizer.json"
     assert (as_json.vocab_size, as_json.bos_id, as_json.eos_id) == (422, 1, 2)
     assert as_json.special == extended.special
+    assert (as_json.unk_id, as_json.byte_of) == (extended.unk_id, extended.byte_of)
     for special in (False, True):
         encoded = extended.encode_many(texts(5, 200), special=special)
         assert as_json.encode_many(texts(5, 200), special=special) == encoded
