@@ -164,12 +164,18 @@ def test_a_piece_that_cannot_come_about_forbids_nothing():
     assert find_cuts(["a", "b", "ab", "b▁", "b▁c"]) is None
 
 
+def test_a_piece_with_a_space_left_as_it_is():
+    """No text becomes it, as its spaces are `▁` before they are joined; the space before `x` belongs to `x`."""
+    check(by_hand({"a ": (-1, NORMAL), "▁x": (-1, NORMAL)}), ["a x", "a  xa ", "a▁x"])
+
+
 def test_many_alphabets():
     """More than the pattern tells apart, some of whose characters mean something in a pattern."""
     odd = "^-]\\[~&|#\n09"
     pairs = ["^-", "]\\", "[~", "&|", "#\n", *(chr(c) + chr(c + 1) for c in range(0x400, 0x440, 2))]
     pieces = by_hand({pair: (-k, NORMAL) for k, pair in enumerate(pairs)})
     assert pieces._cuts is not None
+    assert pieces._cuts.parts.pattern.count("]++") == 8
     check(pieces, [odd * 3, odd[::-1], "".join(pairs) * 2, " ".join(pairs), "".join(reversed(pairs))])
 
 
@@ -200,9 +206,9 @@ def test_a_custom_normaliser_is_seen(tmp_path):
 
 
 def test_user_defined_pieces_are_no_text():
-    pieces = SentencePieces(model(user_defined_symbols=["e r", "<a>"], **PLAIN))
+    pieces = SentencePieces(model(user_defined_symbols=["ead", "<a>"], **PLAIN))
     assert pieces._cuts is not None
-    check(pieces, ["the reader<a> e r", prose(0, 100)])
+    check(pieces, ["the reader<a> ead", prose(0, 100)])
 
 
 def test_text_in_slices(tokenizer, monkeypatch):
