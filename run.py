@@ -331,7 +331,7 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
         )
     else:
         manifest = prepare_data(_prepare_config(args, args.out), log=note)
-    written = outline.shares(manifest, config.phases[0].mixture)
+    shares = outline.shares(manifest, config.phases[0].mixture)
     result: dict[str, Any] = {
         "data": str(args.out),
         "chunks": len(manifest.chunk_files),
@@ -340,15 +340,16 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
         "sequence_length": manifest.sequence_length,
         "vocab_size": manifest.vocab_size,
         "tokens_in_chunks": sum(p.samples for p in manifest.phases) * (manifest.sequence_length + 1),
-        "sources": written,
+        "sources": shares,
         "manifest_sha256": manifest.sha256,
     }
     if args.to == "jsonl":
         from data.convert import to_jsonl
 
-        result["published"] = str(to_jsonl(args.out, args.out / "published", _engine(args, args.out), note))
+        published = to_jsonl(args.out, args.out / "published", _engine(args, args.out), note)
+        result["published"] = str(published)
     if not args.json:
-        print("\n".join(outline.share_lines(written)))
+        print("\n".join(outline.share_lines(shares)))
         sizes = ", ".join(f"{p.samples:,}" for p in manifest.phases)
         print(
             f"{args.out}: {len(manifest.chunk_files)} chunks with {sizes} samples of {manifest.sequence_length}+1 "
@@ -364,13 +365,24 @@ def _sources(args: Prepare) -> tuple[Any, ...]:
     specs = {s.name: s for s in map(SourceSpec.parse, args.source)}
     if len(specs) < len(args.source):
         raise UserError("prepare: a --source name was given twice; give each source its own name")
-    for flag, field, words in (("--text-field", "text_field", args.text_field), ("--label", "label", args.label)):
-        for word in words:
-            name, _, value = word.partition("=")
-            if name not in specs or not value:
-                raise UserError(f"{flag} {word}: write NAME=VALUE, NAME one of the sources: {', '.join(specs)}")
-            specs[name] = dataclasses.replace(specs[name], **{field: value})
-    return tuple(dataclasses.replace(s, bos=s.name in args.config.data.bos_sources) for s in specs.values())
+    fields = _by_source("--text-field", args.text_field, specs)
+    labels = _by_source("--label", args.label, specs)
+    begun = args.config.data.bos_sources
+    return tuple(
+        dataclasses.replace(s, text_field=fields.get(name), label=labels.get(name), bos=name in begun)
+        for name, s in specs.items()
+    )
+
+
+def _by_source(flag: str, words: Sequence[str], specs: Any) -> dict[str, str]:
+    """The values of a flag of the form NAME=VALUE."""
+    values = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in specs or not value:
+            raise UserError(f"{flag} {word}: write NAME=VALUE, NAME one of the sources: {', '.join(specs)}")
+        values[name] = value
+    return values
 
 
 def _engine(args: Prepare, shared: Path) -> Any:
@@ -509,12 +521,12 @@ def _published(path: Path, config: RunConfig) -> Any:
     from data.published import PublishedAmber, PublishedCrystal, is_published
 
     data = config.data
-    shape = {"sequence_length": data.sequence_length, "vocab_size": config.model.vocab_size, "seed": data.seed}
+    shape = (data.sequence_length, config.model.vocab_size, data.seed)
     if is_published(path) == "jsonl":
-        return PublishedAmber(path, **shape, lines=data.samples_per_chunk)  # known: no need to count them all first
+        return PublishedAmber(path, *shape, lines=data.samples_per_chunk)  # known: no need to count them all first
     if is_published(path) == "hdf5":
         samples = [p.steps * data.global_batch if p.steps else None for p in config.phases]
-        return PublishedCrystal(path, [p.mixture for p in config.phases], samples, **shape)
+        return PublishedCrystal(path, [p.mixture for p in config.phases], samples, *shape)
     raise UserError(f"{path}: has neither train_000.jsonl … (AmberDatasets) nor .h5 files (CrystalCoderDatasets)")
 
 

@@ -50,8 +50,8 @@ def working(out: Path, sha256: str) -> Iterator[Path]:
         path = work / "claim.json"
         if path.exists() and path.read_text() != claim:
             raise UserError(
-                f"{out} holds an unfinished data set of other sources or another tokenizer; give those to go on with it, "
-                "choose another --out, or delete the folder"
+                f"{out} holds an unfinished data set of other sources or another tokenizer; give those to go on with "
+                "it, choose another --out, or delete the folder"
             )
         with written(path) as part:
             part.write_text(claim)

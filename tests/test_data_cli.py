@@ -59,7 +59,7 @@ def test_a_dry_run_of_amber_needs_no_data(capsys):
 
 
 def test_a_dry_run_counts_files(work, capsys):
-    code, out, _ = call(capsys, "prepare", "amber_tiny", "--dry-run", "--source", f"a={work / 'prose'}", "--json")
+    _, out, _ = call(capsys, "prepare", "amber_tiny", "--dry-run", "--source", f"a={work / 'prose'}", "--json")
     assert json.loads(out)["files"]["a"]["files"] == 20
 
 

@@ -101,10 +101,10 @@ def test_equal_documents_are_counted_and_named(tmp_path, monkeypatch):
     for name, texts in {"a": ["one two", "three", "one two", "x" * 400], "b": ["three", "four", "one two"]}.items():
         rows = [{"text": t} for t in texts]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    filler = SourceSpec("c", "embedded:topics")
+    sources = (*(SourceSpec(n, str(tmp_path / f"{n}.jsonl")) for n in "ab"), SourceSpec("c", "embedded:topics"))
     config = PrepareConfig(
-        recipe="r", out=tmp_path / "set", sources=(*(SourceSpec(n, str(tmp_path / f"{n}.jsonl")) for n in "ab"), filler),
-        sequence_length=3, vocab_size=400, validation_per_source=0, seed=0, chunks=1, max_bytes_per_source=20_000,
+        recipe="r", out=tmp_path / "set", sources=sources, sequence_length=3, vocab_size=400,
+        validation_per_source=0, seed=0, chunks=1, max_bytes_per_source=20_000,
     )  # fmt: skip
     prepare(config, log=quiet)
     expected = {
