@@ -350,9 +350,9 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
         result["published"] = str(published)
     if not args.json:
         print("\n".join(outline.share_lines(shares)))
-        sizes = ", ".join(f"{p.samples:,}" for p in manifest.phases)
+        samples = ", ".join(f"{p.samples:,}" for p in manifest.phases)
         print(
-            f"{args.out}: {len(manifest.chunk_files)} chunks with {sizes} samples of {manifest.sequence_length}+1 "
+            f"{args.out}: {len(manifest.chunk_files)} chunks with {samples} samples of {manifest.sequence_length}+1 "
             f"tokens, manifest {manifest.sha256[:12]}"
         )
     return result, 0

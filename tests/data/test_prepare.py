@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from data import compat
 from data.chunks import DataManifest, SampleFile
-from data.engines import Local
+from data.engines import Beam, Local
 from data.fim import Fim, rearrange
+from data.folder import WORK
 from data.index import DocumentIndex
 from data.mixture import Part
 from data.packing import permutation, validation_windows
@@ -201,6 +202,50 @@ def test_workers_and_shards_do_not_show(which, request, prepared, crystal, tmp_p
         again = dataclasses.replace(config, out=tmp_path / str(n), engine=Local(workers), shard_bytes=shard_bytes)
         prepare(again, log=quiet)
         assert contents(again.out) == reference, (workers, shard_bytes)
+
+
+@pytest.mark.parametrize("which", ["config", "crystal_config"])
+def test_beam_gives_the_same_bytes(which, request, prepared, crystal, tmp_path):
+    pytest.importorskip("apache_beam", reason="the package apache_beam is not installed (extra: scale)")
+    config = request.getfixturevalue(which)
+    again = dataclasses.replace(config, out=tmp_path / "set", shard_bytes=3000)
+    engine = Beam(("--direct_running_mode=multi_processing", "--direct_num_workers=2"), again.out / WORK)
+    prepare(dataclasses.replace(again, engine=engine), log=quiet)
+    assert contents(again.out) == contents(prepared if which == "config" else crystal)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_tens_of_thousands_of_documents_are_the_fact_sheets(prepared, tmp_path, overlap):
+    """Every window of 20,000 random documents, at every place; some fill windows exactly, some spell `</s>`."""
+    rng, tokenizer = random.Random(overlap), load(prepared)
+    pool = ["", "0" * 15, "0" * 32, "</s>", "<s>a</s>", "é☃", "\n\n\n", "    x", "reader finds what was read"]
+    texts = ["".join(rng.choice(pool) for _ in range(rng.randrange(4))) for _ in range(20_000)]
+    lines = [json.dumps({"text": t}) + "\n" for t in texts]
+    for i in range(4):
+        (tmp_path / f"{i}.jsonl").write_text("".join(lines[5000 * i : 5000 * (i + 1)]))
+    config = PrepareConfig(
+        recipe="r",
+        out=tmp_path / "set",
+        sources=(SourceSpec("s", str(tmp_path / "*.jsonl"), bos=bool(overlap)),),
+        sequence_length=16,
+        overlap=overlap,
+        vocab_size=tokenizer.vocab_size,
+        chunks=7,
+        validation_per_source=50,
+        seed=3,
+        tokenizer=tokenizer.path,
+        shard_bytes=30_000,
+    )
+    manifest = prepare(config, log=quiet)
+    windows = plain_windows(texts, tokenizer, 17, overlap, bool(overlap))
+    assert manifest.sources[0].windows == len(windows) > 10_000
+    chunks, validation = stored(config.out, manifest)
+    held_out = manifest.held_out[0].tolist()
+    assert validation["s"] == [windows[w] for w in held_out]
+    for c, chunk in enumerate(chunks):
+        _, numbers = manifest.chunk_layout.window_of(c, np.arange(len(chunk)))
+        assert chunk == [windows[w] for w in numbers.tolist()]
+        assert len(set(numbers.tolist()) | set(held_out)) == len(chunk) + 50
 
 
 def test_a_limit_on_text_does_not_depend_on_shards(config, tmp_path):
