@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from errors import RunError, UserError
 STATISTICS = "statistics.json"
 _SAMPLES_AT_ONCE = 256
 _HASHES_AT_ONCE = 1 << 24  # compared in memory at a time
+_HASHES_READ = 1 << 22  # looked through at a time
 _NAMED = 5  # duplicates that are named; all are counted
 
 
@@ -48,6 +50,7 @@ class _File:
     """A file to check: a chunk, or a source's validation samples."""
 
     root: Path
+    call: str  # this call of `check`: a worker may serve several, and the data set be another by then
     record: FileRecord
     chunk: int | None
     source: int | None
@@ -72,8 +75,9 @@ def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> t
     """
     root = Path(root)
     manifest = DataManifest.load(root)
-    files = [_File(root, f, c, None) for c, f in enumerate(manifest.chunk_files)]
-    files += [_File(root, s.validation_file, None, j) for j, s in enumerate(manifest.sources)]
+    call = uuid4().hex
+    files = [_File(root, call, f, c, None) for c, f in enumerate(manifest.chunk_files)]
+    files += [_File(root, call, s.validation_file, None, j) for j, s in enumerate(manifest.sources)]
     tokenizer = _tokenizer(root, manifest)
     problems = [tokenizer] if isinstance(tokenizer, str) else []
     counted: list[dict[int, Counts]] = []
@@ -84,9 +88,13 @@ def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> t
                 result = {}
             counted.append(result)
             log(f"{file.record.file}: {file.record.samples:,} samples")
-    for j in range(len(manifest.sources)):
-        problems += _index_problems(root, manifest, j)
-    statistics = _statistics(root, manifest, counted)
+    whole = []
+    for j, source in enumerate(manifest.sources):
+        if found := _index_problems(root, manifest, j):
+            problems += found
+        elif source.documents:
+            whole.append(source.name)
+    statistics = _statistics(manifest, counted, duplicates(root, whole))
     if not problems:
         with written(root / STATISTICS) as part:
             part.write_text(json.dumps(statistics, indent=1) + "\n")
@@ -94,7 +102,7 @@ def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> t
 
 
 @lru_cache(maxsize=1)
-def _opened(root: Path) -> tuple[DataManifest, Tokenizer | None, np.ndarray, np.ndarray]:
+def _opened(root: Path, call: str) -> tuple[DataManifest, Tokenizer | None, np.ndarray, np.ndarray]:
     """Manifest, tokenizer, and for each id the bytes it spells and whether it is unknown text."""
     manifest = DataManifest.load(root)
     size = manifest.vocab_size
@@ -117,7 +125,7 @@ def _check_file(file: _File) -> dict[int, Counts] | str:
     """Return what a file holds by source number, or what is wrong with it."""
     try:
         file.record.check_content(file.root)
-        manifest, tokenizer, lengths, unknown = _opened(file.root)
+        manifest, tokenizer, lengths, unknown = _opened(file.root, file.call)
         samples = SampleFile(
             file.root, file.record, sequence_length=manifest.sequence_length, vocab_size=manifest.vocab_size
         )
@@ -193,10 +201,11 @@ def _index_problems(root: Path, manifest: DataManifest, j: int) -> list[str]:
     return problems
 
 
-def _statistics(root: Path, manifest: DataManifest, counted: Sequence[dict[int, Counts]]) -> dict[str, Any]:
+def _statistics(
+    manifest: DataManifest, counted: Sequence[dict[int, Counts]], found: Duplicates
+) -> dict[str, Any]:
     chunks, validation = counted[: len(manifest.chunk_files)], counted[len(manifest.chunk_files) :]
     names = [s.name for s in manifest.sources]
-    found = duplicates(root, manifest)
     return {
         "manifest_sha256": manifest.sha256,
         "sources": {
@@ -223,20 +232,19 @@ def _sum(counts: Iterator[Counts]) -> Counts:
     return Counts(*(sum(c) for c in columns)) if columns else Counts(0, 0, 0, 0, 0, 0)
 
 
-def duplicates(root: Path, manifest: DataManifest) -> Duplicates:
-    """Return the documents whose text (by its 64-bit hash) an earlier one has, over all sources.
+def duplicates(root: Path, names: Sequence[str]) -> Duplicates:
+    """Return the documents whose text (by its 64-bit hash) an earlier one has, over the sources of these names.
 
     The hashes are compared in ranges of their values, so that memory does not grow with the number of documents.
     """
-    indices = [DocumentIndex(root, s.name) for s in manifest.sources if s.documents]
-    names = [s.name for s in manifest.sources if s.documents]
+    indices = [DocumentIndex(root, name) for name in names]
     total = sum(len(i) for i in indices)
     ranges = 1 << max(0, (total // _HASHES_AT_ONCE).bit_length())
     documents = texts = 0
     named: list[tuple[str, str]] = []
     for r in range(ranges):
         low, high = r * (1 << 64) // ranges, (r + 1) * (1 << 64) // ranges - 1
-        picked = [np.flatnonzero((i.hashes >= np.uint64(low)) & (i.hashes <= np.uint64(high))) for i in indices]
+        picked = [_between(i.hashes, low, high) for i in indices]
         hashes = np.concatenate([i.hashes[p] for i, p in zip(indices, picked)] or [np.empty(0, np.uint64)])
         source = np.repeat(np.arange(len(indices)), [len(p) for p in picked])
         number = np.concatenate([*picked, np.empty(0, np.int64)]).astype(np.int64)
@@ -248,3 +256,12 @@ def duplicates(root: Path, manifest: DataManifest) -> Duplicates:
             one, other = order[at], order[at + 1]
             named.append(tuple(f"{names[source[d]]}/{indices[source[d]].id(int(number[d]))}" for d in (one, other)))  # type: ignore[arg-type]
     return Duplicates(documents, texts, tuple(named))
+
+
+def _between(hashes: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return the places of the hashes from low to high, int64."""
+    found = [np.empty(0, np.int64)]
+    for start in range(0, len(hashes), _HASHES_READ):
+        block = hashes[start : start + _HASHES_READ]
+        found.append(start + np.flatnonzero((block >= np.uint64(low)) & (block <= np.uint64(high))))
+    return np.concatenate(found)

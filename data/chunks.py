@@ -86,9 +86,13 @@ class FileRecord:
             raise RunError(f"{path}: {size} bytes, the manifest says {self.bytes}; restore it or prepare again")
 
     def check_content(self, root: Path) -> None:
-        """Raise RunError when the file's bytes are not those that were written; reads all of it."""
+        """Raise RunError when the file's bytes cannot be read or are not those that were written; reads all of it."""
         self.check_size(root)
-        if FileRecord.of(root, root / self.file, self.samples) != self:
+        try:
+            found = FileRecord.of(root, root / self.file, self.samples)
+        except OSError as error:
+            raise RunError(f"{root / self.file}: cannot be read ({error.strerror}); restore it") from error
+        if found != self:
             raise RunError(f"{root / self.file}: SHA-256 differs from the manifest; restore it or prepare again")
 
 

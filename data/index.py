@@ -73,31 +73,30 @@ def write_index(root: Path, name: str, parts: Sequence[PartIndex]) -> tuple[Path
     documents = sum(p.documents for p in parts)
     for path, (kind, dtype) in zip(paths, KINDS.items()):
         with written(path) as part:
-            first = kind == "offsets"  # n+1 of them, the first is 0
-            target = np.lib.format.open_memmap(part, "w+", np.dtype(dtype), (documents + first,))
-            if first:
-                target[0] = 0
-            at, base = int(first), 0
-            for p in parts:
-                target[at : at + p.documents] = p.array(kind)
-                if first:
-                    target[at : at + p.documents] += np.uint64(base)
-                at, base = at + p.documents, base + p.tokens
-            target.flush()
+            offsets, base = kind == "offsets", 0  # n+1 of them, the first is 0
+            header = {"descr": dtype, "fortran_order": False, "shape": (documents + offsets,)}
+            with open(part, "wb") as file:  # not memory-mapped: a disk that fills would kill the process
+                np.lib.format.write_array_header_1_0(file, header)
+                if offsets:
+                    file.write(np.zeros(1, dtype).tobytes())
+                for p in parts:
+                    array = p.array(kind)
+                    file.write((array + np.uint64(base) if offsets else array).tobytes())
+                    base += p.tokens
     with written(paths[-1]) as part:
-        part.write_text(json.dumps(_joined(f for p in parts for f in p.files)) + "\n")
+        part.write_text(json.dumps(joined(f for p in parts for f in p.files)) + "\n")
     return paths
 
 
-def _joined(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """One entry for a file that several shards have parts of."""
-    joined: list[tuple[str, int]] = []
+def joined(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return (file, documents) with one entry for a file that several neighbours name."""
+    found: list[tuple[str, int]] = []
     for name, documents in files:
-        if joined and joined[-1][0] == name:
-            joined[-1] = (name, joined[-1][1] + documents)
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1] + documents)
         elif documents:
-            joined.append((name, documents))
-    return joined
+            found.append((name, documents))
+    return found
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from data.chunks import DataManifest
 from data.mixture import Part
 from data.packing import Layout, split_samples
-from data.sources import SourceSpec, plan
+from data.sources import SourceSpec, listed
 from errors import UserError
 
 
@@ -75,12 +75,11 @@ def phases(
 
 
 def files(specs: Sequence[SourceSpec]) -> dict[str, dict[str, int]]:
-    """Return how many files and bytes the sources have, and in how many shards they will be tokenised."""
+    """Return how many files and bytes the sources have; no file is opened."""
     found = {}
     for spec in specs:
-        shards = plan(spec)
-        portions = {p.file: p.size for s in shards for p in s.portions}
-        found[spec.name] = {"files": len(portions), "bytes": sum(portions.values()), "shards": len(shards)}
+        sizes = [f.size for f in listed(spec)]
+        found[spec.name] = {"files": len(sizes), "bytes": sum(size for size in sizes if size > 0)}
     return found
 
 
@@ -134,7 +133,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             for name, p in phase["parts"].items()
         ]
     for name, f in result.get("files", {}).items():
-        text.append(f"source {name}: {f['files']:,} files, {f['bytes'] / 1e6:,.1f} MB, {f['shards']:,} shards")
+        text.append(f"source {name}: {f['files']:,} files, {f['bytes'] / 1e6:,.1f} MB")
     return text
 
 

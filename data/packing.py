@@ -212,8 +212,10 @@ def validation_windows(n: int, count: int, seed: int, source: str) -> np.ndarray
     for start in range(0, n, _BLOCK):
         keys = np.concatenate([best_keys, sort_keys(min(_BLOCK, n - start), "validation", seed, source, start=start)])
         windows = np.concatenate([best, np.arange(start, min(start + _BLOCK, n))])
-        chosen = np.argsort(keys)[:count]
-        best, best_keys = windows[chosen], keys[chosen]
+        if len(keys) > count:
+            chosen = np.argpartition(keys, count)[:count]  # keys never tie
+            windows, keys = windows[chosen], keys[chosen]
+        best, best_keys = windows, keys
     return np.sort(best)
 
 
@@ -293,7 +295,8 @@ class Layout:
     def window_of(self, chunk: int, position: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source index, window), int64 of position's shape, of the samples at positions of one chunk."""
         check_range("chunk", chunk, self.chunks)
-        element = permutation(self.samples_per_chunk, self.seed, chunk)[position]
+        check_range("position", position, self.samples_per_chunk)
+        element = self._elements(chunk, position)
         ends = np.cumsum([s.per_chunk for s in self.sources])
         source = np.searchsorted(ends, element, side="right")
         starts = ends - [s.per_chunk for s in self.sources]
@@ -315,7 +318,15 @@ class Layout:
             return "validation"
         chunk = k % self.chunks
         element = sum(other.per_chunk for other in self.sources[:source]) + k // self.chunks
-        return chunk, int(inverse(permutation(self.samples_per_chunk, self.seed, chunk))[element])
+        keys = sort_keys(self.samples_per_chunk, "order", self.seed, chunk)
+        return chunk, int(np.count_nonzero(keys < keys[element]))  # inverse(permutation(...))[element], without a sort
+
+    def _elements(self, chunk: int, position: int | np.ndarray) -> np.ndarray:
+        """permutation(samples_per_chunk, seed, chunk)[position]; of one position without sorting everything."""
+        if np.ndim(position):
+            return permutation(self.samples_per_chunk, self.seed, chunk)[position]
+        keys = sort_keys(self.samples_per_chunk, "order", self.seed, chunk)
+        return np.argpartition(keys, int(position))[position]  # keys never tie
 
 
 def check_range(what: str, values: int | np.ndarray, stop: int) -> None:

@@ -37,7 +37,7 @@ from data.index import PartIndex, write_index
 from data.mixture import Mixture, Part
 from data.packing import ORDER, Layout, training_window, validation_windows, window_start, windows_in
 from data.sample import Sample
-from data.sources import OnBad, Shard, SourceSpec, plan, read
+from data.sources import OnBad, Portion, Shard, SourceSpec, listed, plan, read
 from data.streams import Tokenise, TokenStream, loaded, part_index
 from data.tokenizer import MODEL, Tokenizer, load, train_tokenizer
 from errors import RunError, UserError
@@ -157,7 +157,8 @@ def prepare(config: PrepareConfig, log: Log = print) -> DataManifest:
     UserError for anything wrong with the request or the sources, RunError when the folder cannot be written, or when
     the sources changed since an earlier call began.
     """
-    out = Path(config.out)
+    out = Path(config.out).absolute()  # a worker may run elsewhere
+    config = dataclasses.replace(config, out=out)
     if there := finished(out, config.sha256, log):
         return there
     with working(out, config.streams_sha256) as work, config.engine:
@@ -167,6 +168,7 @@ def prepare(config: PrepareConfig, log: Log = print) -> DataManifest:
         design = _design(config, streams, tokenizer.path)
         _begin_layout(config, work)
         manifest = _write(config, design, streams, tokenizer, work, log)
+        _check_written(manifest, out, work)
         manifest.save(out)
     return manifest
 
@@ -175,17 +177,24 @@ def prepare(config: PrepareConfig, log: Log = print) -> DataManifest:
 
 
 def _planned(config: PrepareConfig, spec: SourceSpec, work: Path) -> tuple[Shard, ...]:
-    """The shards of a source: those of the first call, which must still be there as they were."""
-    shards = plan(spec, config.shard_bytes, config.engine.map)
+    """The shards of a source: those of the first call, whose files must still be there as they were.
+
+    They are kept, since to plan them takes a pass over all large JSON Lines files.
+    """
     path = work / f"{spec.name}.plan.json"
-    text = json.dumps([dataclasses.asdict(s) for s in shards])
-    if path.exists() and path.read_text() != text:
+    if not path.exists():
+        shards = plan(spec, config.shard_bytes, config.engine.map)
+        with written(path) as part:
+            part.write_text(json.dumps([[s.bytes, [dataclasses.astuple(p) for p in s.portions]] for s in shards]))
+        return shards
+    kept = enumerate(json.loads(path.read_text()))
+    shards = tuple(Shard(spec, n, tuple(Portion(*p) for p in portions), size) for n, (size, portions) in kept)
+    planned = dict.fromkeys((p.file, p.path, p.size) for s in shards for p in s.portions)
+    if list(planned) != [(f.file, f.path, f.size) for f in listed(spec)]:
         raise RunError(
             f"source {spec.name}: the files of {spec.location} are not those that this data set was begun with; "
             f"restore them, or delete {config.out} and begin again"
         )
-    with written(path) as part:
-        part.write_text(text)
     return shards
 
 
@@ -195,11 +204,23 @@ def _begin_layout(config: PrepareConfig, work: Path) -> None:
     text = json.dumps({"config_sha256": config.sha256}) + "\n"
     if path.exists() and path.read_text() == text:
         return
-    for folder in ("chunks", "validation"):
-        shutil.rmtree(Path(config.out) / folder, ignore_errors=True)
-        shutil.rmtree(work / folder, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    # All journals before the first file: killed in between, neither layout must take a file that is gone for done.
+    for folder in [root / kind for root in (work, Path(config.out)) for kind in ("chunks", "validation", "index")]:
+        if folder.exists():
+            shutil.rmtree(folder)
     with written(path) as part:
         part.write_text(text)
+
+
+def _check_written(manifest: DataManifest, out: Path, work: Path) -> None:
+    """Raise RunError when a file is no longer what its journal says, and see to it that all are written again."""
+    try:
+        for file in manifest.files:
+            file.check_size(out)
+    except RunError as error:
+        (work / "layout.json").unlink(missing_ok=True)
+        raise RunError(f"{error}. It was changed after it was written: the same command writes it again") from error
 
 
 def _tokenizer(config: PrepareConfig, work: Path, log: Log) -> Tokenizer:
@@ -269,27 +290,29 @@ def _tokenise(
         return Tokenise(shard, tokenizer.path, dtype.str, work, config.on_bad, max_bytes, config.original)
 
     done: list[list[tuple[Tokenise, dict[str, Any]]]] = [[] for _ in shards]
+    have = [0] * len(shards)  # bytes of text
     while True:
         # Without a limit everything is to be read at once. With one, as many shards as could hold what is missing.
         wave = [
-            task(s, limit)
-            for own, found in zip(shards, done)
-            for s in _next(own[len(found) :], None if limit is None else limit - _bytes(found))
+            (i, task(s, limit))
+            for i, own in enumerate(shards)
+            for s in _next(own[len(done[i]) :], None if limit is None else limit - have[i])
         ]
         if not wave:
             break
-        results = iter(list(zip(wave, run_all(wave, config.engine, log, "tokenise"))))
-        for t, result in results:
-            own = next(i for i, spec in enumerate(config.sources) if spec.name == t.shard.spec.name)
-            left = None if limit is None else limit - _bytes(done[own])
-            if left is not None and left <= 0:
+        for (i, t), result in zip(wave, run_all([t for _, t in wave], config.engine, log, "tokenise")):
+            if limit is not None and have[i] >= limit:
                 continue  # read ahead, and not needed
-            if left is not None and left < min(
-                result["bytes"], t.max_bytes or left
-            ):  # the shard that crosses the limit ends there
-                t = task(t.shard, left)
+            if limit is not None and 0 < have[i] and have[i] + result["bytes"] >= limit:
+                t = task(t.shard, limit - have[i])  # the shard that reaches the limit ends there
                 (result,) = run_all([t], config.engine, log, "tokenise")
-            done[own].append((t, result))
+            if config.on_bad == "fail" and result["bad"]:
+                raise UserError(
+                    f"source {t.shard.spec.name}: {result['bad_named'][0]}; an earlier call left it out with --on-bad "
+                    f"skip: give that again, or repair it, delete {config.out} and begin again"
+                )
+            done[i].append((t, result))
+            have[i] += result["bytes"]
     streams = []
     for spec, found in zip(config.sources, done):
         keys = ("documents", "tokens", "bytes", "unknown", "empty", "short", "bad")
@@ -310,17 +333,13 @@ def _tokenise(
     return streams
 
 
-def _bytes(found: Sequence[tuple[Tokenise, dict[str, Any]]]) -> int:
-    return sum(r["bytes"] for _, r in found)
-
-
 def _next(shards: Sequence[Shard], missing: int | None) -> Sequence[Shard]:
     """The shards to read next: all, or the first whose files are as large as the text that is missing."""
     if missing is None:
         return shards
     taken, size = 0, 0
     while taken < len(shards) and size < missing:
-        size += sum(p.stop - p.start for p in shards[taken].portions) or missing
+        size += shards[taken].bytes or missing
         taken += 1
     return shards[:taken]
 
@@ -481,7 +500,7 @@ class _WriteIndex(Task):
     @property
     def journal(self) -> Path:
         """Says that it is done."""
-        return self.work / f"index-{self.name}.json"
+        return self.work / "index" / f"{self.name}.json"
 
     def run(self) -> dict[str, Any]:
         """Write the files and return their records."""

@@ -191,6 +191,24 @@ class Shard:
     spec: SourceSpec
     number: int
     portions: tuple[Portion, ...]
+    bytes: int = 0  # of its files, about; of Parquet, those of its row groups
+
+
+def listed(spec: SourceSpec) -> list[Portion]:
+    """Return a source's files, whole and sorted by name; an embedded source has none. Reads nothing but folders.
+
+    Raises UserError where files cannot be listed or there are none.
+    """
+    if spec.embedded is not None:
+        return []
+    found = _remote_files(spec) if _is_remote(spec) else _local_files(spec)
+    files = [Portion(name, path, size, 0, size, 1) for name, path, size in sorted(found)]
+    if not files:
+        raise UserError(f"source {spec.name}: no files in {spec.location}")
+    for name in (f.file for f in files):
+        if any("\ud800" <= c <= "\udfff" for c in name):  # so Python keeps bytes that are no UTF-8
+            raise UserError(f"source {spec.name}: the file name {name!r} is not UTF-8; rename the file")
+    return files
 
 
 def plan(spec: SourceSpec, shard_bytes: int = SHARD_BYTES, run: Run = map) -> tuple[Shard, ...]:
@@ -207,17 +225,11 @@ def plan(spec: SourceSpec, shard_bytes: int = SHARD_BYTES, run: Run = map) -> tu
         raise UserError(f"shard_bytes = {shard_bytes}: at least 1 is needed")
     if spec.embedded is not None:
         return (Shard(spec, 0, ()),)
-    found = _remote_files(spec) if _is_remote(spec) else _local_files(spec)
-    files = [Portion(name, path, size, 0, size, 1) for name, path, size in sorted(found)]
-    if not files:
-        raise UserError(f"source {spec.name}: no files in {spec.location}")
-    for name in (f.file for f in files):
-        if any("\ud800" <= c <= "\udfff" for c in name):  # so Python keeps bytes that are no UTF-8
-            raise UserError(f"source {spec.name}: the file name {name!r} is not UTF-8; rename the file")
+    files = listed(spec)
     cut = _cut_parquet(spec, files, shard_bytes, run) | _cut_json_lines(spec, files, shard_bytes, run)
     portions = (weighted for f in files for weighted in cut.get(f.file, [(f, max(f.size, 0))]))
     groups = enumerate(_grouped(portions, shard_bytes))
-    return tuple(Shard(spec, i, tuple(p for p, _ in group)) for i, group in groups)
+    return tuple(Shard(spec, i, tuple(p for p, _ in group), sum(size for _, size in group)) for i, group in groups)
 
 
 def read_shard(

@@ -11,6 +11,7 @@ Each shard of a source is tokenised on its own, by any process of any engine, an
 Joined in order they are the stream, and nothing depends on who made them when.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,11 +26,11 @@ import numpy as np
 from data import compat
 from data.chunks import written
 from data.engines import Task
-from data.index import KINDS, PartIndex, check_line, text_hash
+from data.index import KINDS, PartIndex, check_line, joined, text_hash
 from data.sources import Document, OnBad, ReadReport, Shard, read_shard
 from data.tokenizer import Tokenizer, load
+from errors import RunError
 
-_OPEN_SHARDS = 4096
 _BATCH_CHARACTERS = 1 << 18  # of text that are tokenised at a time, about
 
 
@@ -59,7 +60,7 @@ class Tokenise(Task):
     @property
     def weight(self) -> int:
         """Bytes to read."""
-        return sum(p.stop - p.start for p in self.shard.portions) or 1
+        return self.shard.bytes or 1
 
     def run(self) -> dict[str, Any]:
         """Write the shard's files and return the counts."""
@@ -96,16 +97,21 @@ class Tokenise(Task):
             "short": left_out,
             "bad": report.bad,
             "bad_named": report.bad_named,
-            "files": files,
+            "files": joined(files),  # a file has documents in many batches
         }
 
 
 _FILES = ("tokens", *KINDS)
 
 
-@lru_cache(maxsize=1)
 def loaded(path: str) -> Tokenizer:
-    """Return the tokenizer of a file, loaded once in each process."""
+    """Return the tokenizer of a file, loaded once in each process, and again if the file is another by now."""
+    status = os.stat(path)
+    return _loaded(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: str, *state: int) -> Tokenizer:
     return load(path)
 
 
@@ -141,13 +147,16 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class TokenStream:
-    """The stream of one source: its shards' tokens, one after another, memory-mapped when first read."""
+    """The stream of one source: its shards' tokens, one after another.
+
+    Nothing is held open: a source may have more shards than a process may open files, and windows are read in random
+    order. Opening a file anew takes some microseconds a window.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str], counts: Sequence[int], dtype: np.dtype):
         self._paths = [folder / f"{name}.tokens" for name in names]
         self._starts = [0, *accumulate(counts)]
         self._dtype = dtype
-        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -161,23 +170,28 @@ class TokenStream:
         return TokenStream(paths[0].parent if paths else Path(), [p.stem for p in paths], counts, dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop), in the stream's dtype."""
+        """Return tokens [start, stop), in the stream's dtype; RunError when a shard's file is missing or cut."""
         shard = bisect_right(self._starts, start) - 1
         found = []
         while start < stop:
             base, end = self._starts[shard], self._starts[shard + 1]
             if end > start:
-                found.append(self._shard(shard)[start - base : stop - base])
+                found.append(self._read(self._paths[shard], start - base, min(end, stop) - base))
                 start = min(end, stop)
             shard += 1
         return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, self._dtype)])
 
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            if len(self._maps) >= _OPEN_SHARDS:  # the system limits how many mappings a process has
-                del self._maps[next(iter(self._maps))]
-            self._maps[shard] = np.memmap(self._paths[shard], self._dtype, "r")
-        return self._maps[shard]
+    def _read(self, path: Path, start: int, stop: int) -> np.ndarray:
+        size = self._dtype.itemsize
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start * size)
+                content = file.read((stop - start) * size)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error}); restore it, or begin again in another folder") from error
+        if len(content) < (stop - start) * size:
+            raise RunError(f"{path}: ends before token {stop}; restore it, or begin again in another folder")
+        return np.frombuffer(content, self._dtype)
 
 
 def part_index(task: Tokenise, result: Mapping[str, Any]) -> PartIndex:

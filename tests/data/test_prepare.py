@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from data.folder import WORK
 from data.index import DocumentIndex
 from data.mixture import Part
 from data.packing import permutation, validation_windows
+from data.pieces import SentencePieces
 from data.prepare import PhasePlan, PrepareConfig, prepare
 from data.sources import SourceSpec
 from data.tokenizer import Tokenizer, load
@@ -370,6 +372,39 @@ def test_an_interrupted_run_goes_on(config, prepared, tmp_path, stop_at):
     assert 0 not in kept.values()  # nothing was tokenised twice
     assert len(kept) == {"training": 0, "source prose": 2, "chunks:": 2}[stop_at]
     assert contents(again.out) == contents(prepared)
+
+
+def test_a_full_disk_loses_nothing(config, prepared, tmp_path):
+    """Files may not grow beyond some size, for a writer the same as a disk that is full there; then they may again."""
+    again = dataclasses.replace(config, out=tmp_path / "set")
+
+    def stop(line: str) -> None:
+        if line.startswith("source prose"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(again, log=stop)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot be written \(.*; free space"):
+            prepare(again, log=quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines = []
+    prepare(again, log=lines.append)
+    assert "tokenise: all 2 tasks were done before" in lines
+    assert contents(again.out) == contents(prepared)
+
+
+def test_a_vocabulary_above_65536_is_stored_in_32_bits(config, prepared, tmp_path):
+    pieces = SentencePieces((prepared / "tokenizer.model").read_bytes())
+    added = {f"<{i}>": i for i in range(pieces.size, 65_600)}
+    (tmp_path / "large.model").write_bytes(pieces.with_added(added))
+    large = dataclasses.replace(config, out=tmp_path / "set", tokenizer=tmp_path / "large.model", vocab_size=65_600)
+    manifest = prepare(large, log=quiet)
+    assert (manifest.dtype, DataManifest.load(prepared).dtype) == ("uint32", "uint16")
+    assert stored(large.out, manifest) == stored(prepared, DataManifest.load(prepared))
 
 
 def test_an_unfinished_folder_of_another_configuration_is_refused(config, tmp_path):
