@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint parity lock clean
+.PHONY: setup demo test lint parity scale lock clean
 
 setup: $(READY)
 
@@ -36,10 +36,17 @@ lint: $(READY)
 parity: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers==4.57.6'
 
+# The tests on Apache Beam, in an environment of its own: Beam takes older versions of protobuf and pyarrow than the lock.
+scale: $(READY)
+	$(RUN) -m venv $(VENV)-scale
+	$(VENV)-scale/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)-scale/bin/python -m pip install --quiet --disable-pip-version-check '.[scale]'
+	$(VENV)-scale/bin/python -m pytest -q tests/data/test_engines.py tests/data/test_prepare.py -k beam
+
 # Exact versions for Python 3.11 and 3.12 in one file; needs uv (pip install uv).
 lock:
 	uv pip compile -q setup.cfg --extra test --universal --python-version 3.11 --no-annotate \
 		--custom-compile-command "make lock" -o requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-scale build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
