@@ -753,7 +753,7 @@ def trace(args: Trace) -> dict[str, Any]:
     return {"dir": str(args.dir), "documents" if args.document is not None else "samples": found}
 
 
-def mixtures(args: Mixtures) -> dict[str, Any]:
+def mixtures(args: Mixtures) -> tuple[dict[str, Any], int]:
     """Verb `mixtures`."""
     from data.loader import ChunkedData
     from data.mixed import MixedData
@@ -764,10 +764,10 @@ def mixtures(args: Mixtures) -> dict[str, Any]:
         raise UserError("mixtures: give --mixture SOURCE=WEIGHT,… at least twice, to compare them")
     data = ChunkedData(args.data)
     views = {text: MixedData.parse(data, text) for text in args.mixture}
-    rows = experiment.compare(args.config, args.run, views, families(), args.steps, note)
-    if not args.json:
+    rows, finished = experiment.compare(args.config, args.run, views, families(), args.steps, note)
+    if rows and not args.json:
         print("\n".join(experiment.table(rows)))
-    return {"data": str(args.data), "runs": rows}
+    return {"data": str(args.data), "runs": rows, "finished": finished}, 0 if finished else EXIT_STOPPED
 
 
 def run_demo(args: Demo) -> dict[str, Any]:

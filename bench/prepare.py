@@ -34,9 +34,7 @@ import jax
 import numpy as np
 from record import record
 
-from data.engines import Local
 from data.loader import ChunkedData, local_batches
-from data.prepare import PrepareConfig
 from data.sample import Schedule
 from data.sources import SourceSpec, read
 from data.tokenizer import load
@@ -67,19 +65,31 @@ def write_corpus(text: Path, out: Path, size: int, files: int = 8) -> int:
     return written
 
 
-def config(corpus: Path, out: Path, tokenizer: Path, vocab_size: int, workers: int, chunks: int = 4) -> PrepareConfig:
-    return PrepareConfig(
-        recipe="amber_7b",
-        out=out,
-        sources=(SourceSpec("code", str(corpus)),),
-        sequence_length=S,
-        vocab_size=vocab_size,
-        validation_per_source=64,
-        seed=1,
-        chunks=chunks,
-        tokenizer=tokenizer,
-        engine=Local(workers),
-    )
+#: One `prepare` in a process of its own, without what only this benchmark needs.
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from data.engines import Local
+from data.prepare import PrepareConfig, prepare
+from data.sources import SourceSpec
+
+if __name__ == "__main__":  # worker processes import this file too
+    corpus, out, tokenizer, vocab_size, workers, chunks = sys.argv[2:]
+    prepare(PrepareConfig(
+        recipe="amber_7b", out=Path(out), sources=(SourceSpec("code", corpus),), sequence_length=2048,
+        vocab_size=int(vocab_size), validation_per_source=64, seed=1, chunks=int(chunks), tokenizer=Path(tokenizer),
+        engine=Local(int(workers)),
+    ))
+"""
+
+
+def command(corpus: Path, out: Path, tokenizer: Path, *, workers: int, chunks: int) -> list[str]:
+    script = corpus.parent / "prepare_one.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).resolve().parent.parent
+    words = [root, corpus, out, tokenizer, load(tokenizer).vocab_size, workers, chunks]
+    return [sys.executable, str(script), *map(str, words)]
 
 
 def theirs(corpus: Path, out: Path, content: dict[str, Any]) -> int:
@@ -112,16 +122,8 @@ def tokenise(text: Path, tokenizer_file: Path, work: Path, megabytes: int, repea
 
     def ours() -> None:
         # A process of its own each time, so that no cache of an earlier turn helps.
-        settings = (work / "corpus", fresh(work / "ours"), tokenizer_file, tokenizer.vocab_size)
-        code = (
-            "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/bench']\n"
-            "from pathlib import Path; import prepare as b\n"
-            "from data.prepare import prepare\n"
-            "prepare(b.config(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), 1), "
-            "log=lambda line: None)\n"
-        )
-        root = str(Path(__file__).resolve().parent.parent)
-        subprocess.run([sys.executable, "-c", code, root, *map(str, settings)], check=True)
+        words = command(work / "corpus", fresh(work / "ours"), tokenizer_file, workers=1, chunks=4)
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
     def encode_only() -> None:
         load(tokenizer_file).encode_to(texts, np.dtype("<u2"))
@@ -174,22 +176,9 @@ def _cpu() -> float:
 def memory(text: Path, tokenizer_file: Path, work: Path, megabytes: int) -> dict[str, Any]:
     """Prepare a large corpus with two workers in a process of its own, watching the memory of all of them."""
     size = write_corpus(text, work / "large", megabytes * 10**6)
-    vocab_size = load(tokenizer_file).vocab_size
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/bench']\n"
-        "from pathlib import Path\n"
-        "from data.engines import Local; from data.prepare import PrepareConfig, prepare\n"
-        "from data.sources import SourceSpec\n"
-        "if __name__ == '__main__':\n"
-        "    prepare(PrepareConfig('amber_7b', Path(sys.argv[3]), (SourceSpec('code', sys.argv[2]),), 2048, "
-        "int(sys.argv[5]), 64, 1, chunks=12, tokenizer=Path(sys.argv[4]), engine=Local(2)))\n"
-    )
-    script = work / "large.py"
-    script.write_text(code)
-    root = str(Path(__file__).resolve().parent.parent)
-    words = [sys.executable, str(script), root, str(work / "large"), str(work / "large-out"), str(tokenizer_file)]
+    words = command(work / "large", work / "large-out", tokenizer_file, workers=2, chunks=12)
     start = time.perf_counter()
-    process = subprocess.Popen([*words, str(vocab_size)], start_new_session=True, stdout=sys.stderr)
+    process = subprocess.Popen(words, start_new_session=True, stdout=sys.stderr)
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(_private(pid) for pid in _group(process.pid)))

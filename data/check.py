@@ -201,9 +201,7 @@ def _index_problems(root: Path, manifest: DataManifest, j: int) -> list[str]:
     return problems
 
 
-def _statistics(
-    manifest: DataManifest, counted: Sequence[dict[int, Counts]], found: Duplicates
-) -> dict[str, Any]:
+def _statistics(manifest: DataManifest, counted: Sequence[dict[int, Counts]], found: Duplicates) -> dict[str, Any]:
     chunks, validation = counted[: len(manifest.chunk_files)], counted[len(manifest.chunk_files) :]
     names = [s.name for s in manifest.sources]
     return {

@@ -138,8 +138,10 @@ def _progress(what: str, tasks: int, pending: Sequence[Task], log: Log, every_s:
     waiting = list(pending)
 
     def look() -> None:
-        # The journals tell, whatever process of whatever machine runs the tasks. One that was found is not read again.
-        found = [(t, _journaled(t)) for t in waiting]
+        # The journals tell, whatever process of whatever machine runs the tasks. One that was found is not read again,
+        # and folders are listed: to try tens of thousands of files would keep a network file system busy.
+        there = {folder: _names(folder) for folder in {t.journal.parent for t in waiting}}
+        found = [(t, _journaled(t) if t.journal.name in there[t.journal.parent] else None) for t in waiting]
         results.extend(r for _, r in found if r is not None)
         waiting[:] = [t for t, r in found if r is None]
 
@@ -171,6 +173,13 @@ def _progress(what: str, tasks: int, pending: Sequence[Task], log: Log, every_s:
     thread.join()
     look()
     log(line())
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()  # no task has ended yet
 
 
 def _counts(results: Sequence[dict[str, Any]], seconds: float) -> str:

@@ -4,11 +4,13 @@ Until its manifest is written, DATA/work.part holds what was begun and the journ
 command goes on with it; another one is refused, as is anything that is not ours.
 """
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from data.chunks import FORMAT, MANIFEST, DataManifest, written
 from errors import RunError, UserError
@@ -38,24 +40,40 @@ def finished(out: Path, config_sha256: str, log: Callable[[str], object]) -> Dat
 
 @contextmanager
 def working(out: Path, sha256: str) -> Iterator[Path]:
-    """Yield the work folder of a directory that is being made; UserError when it is of another request, or not ours.
+    """Yield the work folder of a directory that is being made.
 
-    `sha256` is of what must be the same to go on. The folder goes when the block ends well. RunError for a full disk.
+    `sha256` is of what must be the same to go on. The folder goes when the block ends well. Raises UserError when the
+    directory is of another request, not ours, or another process on this machine is at work in it, and RunError for a
+    full disk.
     """
     work = out / WORK
     claim = json.dumps({"sha256": sha256, "format": FORMAT}) + "\n"
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not work.is_dir():
             raise UserError(f"{out} exists and was not begun by prepare; choose another --out or an empty folder")
-        path = work / "claim.json"
-        if path.exists() and path.read_text() != claim:
-            raise UserError(
-                f"{out} holds an unfinished data set of other sources or another tokenizer; give those to go on with "
-                "it, choose another --out, or delete the folder"
-            )
-        with written(path) as part:
-            part.write_text(claim)
-        yield work
-        shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        with open(work / "lock", "w") as lock:
+            _hold(lock, out)
+            path = work / "claim.json"
+            if path.exists() and path.read_text() != claim:
+                raise UserError(
+                    f"{out} holds an unfinished data set of other sources or another tokenizer; give those to go on "
+                    "with it (and the same recipe, vocabulary, --compat and --max-mb-per-source), or choose another "
+                    "--out, or delete the folder"
+                )
+            with written(path) as part:
+                part.write_text(claim)
+            yield work
+            shutil.rmtree(work)
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error}); free space and run the same command again") from error
+
+
+def _hold(lock: IO[str], out: Path) -> None:
+    """Hold a lock that the system drops however this process ends: two writers of one file would spoil it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another process prepares it; wait until it ends, or stop it") from None
+    except OSError:
+        return  # a file system without locks: nothing is worse than before

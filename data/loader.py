@@ -10,7 +10,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,8 +68,8 @@ class TokenData(Protocol):
         """Return one sample, arrays of [S]; `chunk` is its number in the data set."""
         ...
 
-    def validation(self, source: str) -> Sample:
-        """Return a source's held-out samples stacked, arrays of [V, S]."""
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+        """Return a source's held-out samples start .. stop-1, as far as there are, stacked: arrays of [V, S]."""
         ...
 
     def check_files(self) -> None:
@@ -78,17 +78,21 @@ class TokenData(Protocol):
 
 
 class ChunkedData:
-    """A prepared data directory. Raises UserError when its manifest cannot be used."""
+    """A prepared data directory. Raises UserError when its manifest cannot be used.
 
-    def __init__(self, directory: str | Path):
+    `open_chunks`: files that stay open; opening one of Amber's size reads an index of megabytes.
+    """
+
+    def __init__(self, directory: str | Path, *, open_chunks: int = _OPEN_CHUNKS):
         self.directory = Path(directory)
+        self._open_chunks = open_chunks
         self.manifest = DataManifest.load(directory)
         # A cache of this object, not of the class: a reader closes with the last object that uses it.
-        self._chunk = lru_cache(maxsize=_OPEN_CHUNKS)(self._open_chunk)
+        self._chunk = lru_cache(maxsize=open_chunks)(self._open_chunk)
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Reading workers get the path and open files of their own: a reader cannot be shared.
-        return ChunkedData, (self.directory,)
+        return partial(ChunkedData, open_chunks=self._open_chunks), (self.directory,)
 
     @property
     def sequence_length(self) -> int:
@@ -125,16 +129,16 @@ class ChunkedData:
         """Return one sample. RunError names the file that is missing, or the file and position of a corrupt record."""
         return self._chunk(chunk).read(position)
 
-    def validation(self, source: str) -> Sample:
-        """Return a source's held-out samples, arrays of [V, S]; errors as in `sample`, UserError for the name."""
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+        """Return held-out samples start .. stop-1, arrays of [V, S]; errors as in `sample`, UserError for the name."""
         record = next((s.validation_file for s in self.manifest.sources if s.name == source), None)
         if record is None:
             raise UserError(f"{self.directory} has no source {source!r}; it has {', '.join(self.sources)}")
-        file = self._open(record)
-        shape = (record.samples, self.sequence_length)
+        file, asked = self._open(record), range(record.samples)[start:stop]
+        shape = (len(asked), self.sequence_length)
         stacked = Sample(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-        for i in range(record.samples):
-            for values, row in zip(stacked, file.read(i)):
+        for i, position in enumerate(asked):
+            for values, row in zip(stacked, file.read(position)):
                 values[i] = row
         return stacked
 
@@ -211,7 +215,7 @@ class SyntheticData:
         keys = sort_keys(self.sequence_length + 1, "synthetic", self.seed, chunk, position) >> np.uint64(32)
         return Sample.of_tokens((keys * np.uint64(self.vocab_size)) >> np.uint64(32))
 
-    def validation(self, source: str) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
         """Raise UserError: random tokens have no sources."""
         raise UserError(f"synthetic data has no validation source {source!r}; prepare real data for that")
 

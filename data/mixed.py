@@ -12,19 +12,19 @@ import numpy as np
 
 from data.loader import ChunkedData
 from data.mixture import Interleave
-from data.packing import inverse, permutation, split_samples
+from data.packing import permutation, split_samples
 from data.sample import PhaseSamples, Sample
 from errors import UserError
 
 _SLOTS = 1 << 14  # of a mixture, found at a time: that is what finding one costs (`Interleave.at`)
-_OPEN_ORDERS = 64  # chunks whose order is kept: a mixture reads from all of them
 
 
 @dataclass(frozen=True)
 class MixedData:
     """A `TokenData`: as many samples as the data set has, drawn from its sources by weight, each source in its order.
 
-    Each source has its share of them to one sample, its windows in their order, and `mixture.Interleave` says where. A
+    Each source has its share of them to one sample, and `mixture.Interleave` says where. A source's samples are read
+    chunk after chunk, in the order in which the data set has them, so that each source has one chunk open at a time. A
     source that does not last is read again from its beginning, one with more than its share is not read to the end.
     Validation samples are the data set's own. Raises UserError for a source that is not there, and for data that is
     itself a mixture of phases.
@@ -123,9 +123,10 @@ class MixedData:
         slot = chunk * self.phases[0].samples_per_chunk + position
         part, rank = (int(v) for v in self._slots(slot // _SLOTS)[:, slot % _SLOTS])
         source = self._numbers[part]
-        number, chunk = divmod(rank % (layout.chunks * layout.sources[source].per_chunk), layout.chunks)
-        element = sum(s.per_chunk for s in layout.sources[:source]) + number
-        return chunk, int(self._inverse(chunk)[element])
+        chunk, number = divmod(
+            rank % (layout.chunks * layout.sources[source].per_chunk), layout.sources[source].per_chunk
+        )
+        return chunk, int(self._positions(chunk)[sum(s.per_chunk for s in layout.sources[:source]) + number])
 
     @cached_property
     def _slots(self) -> Any:
@@ -135,20 +136,36 @@ class MixedData:
         return lru_cache(4)(block)
 
     @cached_property
-    def _inverse(self) -> Any:
+    def _positions(self) -> Any:
+        """Of a chunk: the positions of its samples, source by source, in each in the order of the chunk; int32."""
         layout = self.data.manifest.chunk_layout
-        return lru_cache(_OPEN_ORDERS)(lambda c: inverse(permutation(layout.samples_per_chunk, layout.seed, c)))
+        ends = np.cumsum([s.per_chunk for s in layout.sources])
+
+        def of_chunk(chunk: int) -> np.ndarray:
+            source = np.searchsorted(ends, permutation(layout.samples_per_chunk, layout.seed, chunk), side="right")
+            return np.argsort(source.astype(np.int16), kind="stable").astype(np.int32)
+
+        return lru_cache(self._open_chunks)(of_chunk)
+
+    @property
+    def _open_chunks(self) -> int:
+        """Sources are read at different speeds: each has a chunk of its own open, or two around an edge."""
+        return 2 * len(self.weights)
+
+    @cached_property
+    def _samples(self) -> ChunkedData:
+        return ChunkedData(self.directory, open_chunks=self._open_chunks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MixedData, (self.data, self.weights)  # without its caches
 
     def sample(self, chunk: int, position: int) -> Sample:
         """Return one sample; errors as in the data set."""
-        return self.data.sample(*self.origin(chunk, position))
+        return self._samples.sample(*self.origin(chunk, position))
 
-    def validation(self, source: str) -> Sample:
-        """Return a source's held-out samples, arrays of [V, S]."""
-        return self.data.validation(source)
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+        """Return a source's held-out samples start .. stop-1, arrays of [V, S]."""
+        return self.data.validation(source, start, stop)
 
     def check_files(self) -> None:
         """Raise RunError unless every file is there with its size; reads no content."""

@@ -308,6 +308,15 @@ class Layout:
 
     def place_of(self, source: int, window: int) -> tuple[int, int] | Literal["validation", "unused"]:
         """Return the (chunk, position) where a window is read, or why it is not read: the inverse of window_of."""
+        place = self.element_of(source, window)
+        if isinstance(place, str):
+            return place
+        chunk, element = place
+        keys = sort_keys(self.samples_per_chunk, "order", self.seed, chunk)
+        return chunk, int(np.count_nonzero(keys < keys[element]))  # inverse(permutation(...))[element], without a sort
+
+    def element_of(self, source: int, window: int) -> tuple[int, int] | Literal["validation", "unused"]:
+        """Return the chunk that reads a window and which of its elements it is, or why it is not read."""
         check_range("source", source, len(self.sources))
         s = self.sources[source]
         check_range(f"window of source {s.name}", window, s.windows)
@@ -316,10 +325,7 @@ class Layout:
         k = int(training_number(window, self.validation[source]))
         if k < 0:
             return "validation"
-        chunk = k % self.chunks
-        element = sum(other.per_chunk for other in self.sources[:source]) + k // self.chunks
-        keys = sort_keys(self.samples_per_chunk, "order", self.seed, chunk)
-        return chunk, int(np.count_nonzero(keys < keys[element]))  # inverse(permutation(...))[element], without a sort
+        return k % self.chunks, sum(other.per_chunk for other in self.sources[:source]) + k // self.chunks
 
     def _elements(self, chunk: int, position: int | np.ndarray) -> np.ndarray:
         """permutation(samples_per_chunk, seed, chunk)[position]; of one position without sorting everything."""

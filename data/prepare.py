@@ -303,7 +303,7 @@ def _tokenise(
         for (i, t), result in zip(wave, run_all([t for _, t in wave], config.engine, log, "tokenise")):
             if limit is not None and have[i] >= limit:
                 continue  # read ahead, and not needed
-            if limit is not None and 0 < have[i] and have[i] + result["bytes"] >= limit:
+            if limit is not None and have[i] > 0 and have[i] + result["bytes"] >= limit:
                 t = task(t.shard, limit - have[i])  # the shard that reaches the limit ends there
                 (result,) = run_all([t], config.engine, log, "tokenise")
             if config.on_bad == "fail" and result["bad"]:

@@ -291,13 +291,13 @@ class PublishedAmber:
         """Return one sample, arrays of [S]; RunError names file and line of a defect."""
         return Sample.of_tokens(self.rows(chunk).row(self._line(chunk, position))[0])
 
-    def validation(self, source: str) -> Sample:
-        """Return the samples of `valid/SOURCE.jsonl` stacked, arrays of [V, S]; errors as in `sample`."""
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+        """Return samples start .. stop-1 of `valid/SOURCE.jsonl`, arrays of [V, S]; errors as in `sample`."""
         if source not in self._valid:
             raise UserError(f"{self.folder} has no validation source {source!r}; it has {_listed(self.sources)}")
         rows = self._rows(self._valid[source])
-        ids = [rows.row(i)[0] for i in range(len(rows))]
-        return Sample.of_tokens(np.array(ids, np.int32).reshape(len(rows), self.sequence_length + 1))
+        ids = [rows.row(i)[0] for i in range(len(rows))[start:stop]]
+        return Sample.of_tokens(np.array(ids, np.int32).reshape(len(ids), self.sequence_length + 1))
 
     def check_files(self) -> None:
         """Raise RunError unless every file is there with the size it had; reads no content."""
@@ -530,7 +530,7 @@ class PublishedCrystal:
         part, row = self._slot(chunk, position)
         return self._rows[chunk][part].row(row)
 
-    def validation(self, source: str) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
         """Raise UserError: there is nothing to validate on."""
         raise UserError(f"{self.folder} has no validation source {source!r}: published Crystal data has none")
 

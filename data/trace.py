@@ -4,7 +4,7 @@ Everything follows from the manifest and the document index; the only tokens rea
 and only a search for a text reads all of them. `data.sample.Schedule` says which step reads a sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -15,7 +15,7 @@ from data.chunks import FileRecord, SampleFile, SourceRecord
 from data.fim import Fim, reassemble
 from data.index import DocumentIndex, read_rows
 from data.loader import ChunkedData
-from data.packing import permutation, training_number, training_window, window_start
+from data.packing import training_number, training_window, window_start
 from data.sample import Sample
 from data.tokenizer import Tokenizer, load
 from errors import RunError, UserError
@@ -62,6 +62,8 @@ class Place:
     chunk: int | None
     position: int | None
     why: str | None
+    part: str | None = None
+    """Of the mixture that reads it there."""
 
 
 class Tracer:
@@ -82,24 +84,47 @@ class Tracer:
         """The data's own, None if it came without one."""
         return load(self.data.tokenizer_file) if self.data.tokenizer_file else None
 
+    @cached_property
+    def _fim(self) -> Fim:
+        assert self.tokenizer is not None
+        return Fim.of(self.tokenizer)
+
+    @cached_property
+    def _marks(self) -> np.ndarray:
+        """The ids that are no text."""
+        assert self.tokenizer is not None
+        return np.array(sorted({self.tokenizer.eos_id, *self.tokenizer.special.values()}), np.int32)
+
     # ---- from a sample to documents ----------------------------------------------------------------------------
 
     def origin(self, chunk: int, position: int) -> Origin:
         """Return what the sample at a position of a chunk is; IndexError outside the data set."""
+        return self.origins(chunk, [position])[0]
+
+    def origins(self, chunk: int, positions: Sequence[int]) -> list[Origin]:
+        """Return what the samples at positions of one chunk are: many cost hardly more than one."""
         if self.manifest.layout == "chunks":
-            j, w = self.manifest.chunk_layout.window_of(chunk, position)
-            return Origin(chunk, position, self.manifest.sources[int(j)].name, int(w), None, 0)
+            asked = positions[0] if len(positions) == 1 else np.array(positions, np.int64)  # one needs no sorted chunk
+            found = map(np.atleast_1d, self.manifest.chunk_layout.window_of(chunk, asked))
+            names = [s.name for s in self.manifest.sources]
+            return [Origin(chunk, p, names[j], int(w), None, 0) for p, j, w in zip(positions, *found)]
         n = self._phase(chunk)
         phase, mixture = self.manifest.phase_samples[n], self.manifest.mixtures[n]
-        slot = (chunk - phase.first_chunk) * phase.samples_per_chunk + position
-        which, epoch, number = (int(v[0]) for v in mixture.at(np.array([slot])))
-        part = self.manifest.phases[n].parts[which]
-        window = int(training_window(number, self.manifest.held_out[self._numbers[part.reads]]))
-        return Origin(chunk, position, part.reads, window, part.name, epoch)
+        slots = (chunk - phase.first_chunk) * phase.samples_per_chunk + np.array(positions, np.int64)
+        origins = []
+        for position, which, epoch, number in zip(positions, *mixture.at(slots)):
+            part = self.manifest.phases[n].parts[which]
+            window = int(training_window(number, self.manifest.held_out[self._numbers[part.reads]]))
+            origins.append(Origin(chunk, position, part.reads, window, part.name, int(epoch)))
+        return origins
 
     def pieces(self, chunk: int, position: int) -> list[Piece]:
         """Return the documents in a sample, in order; RunError when the sample or the index is corrupt."""
-        origin, sample = self.origin(chunk, position), self.data.sample(chunk, position)
+        return self.pieces_of(self.origin(chunk, position))
+
+    def pieces_of(self, origin: Origin) -> list[Piece]:
+        """Return the documents in the sample of an origin; see `pieces`."""
+        sample = self.data.sample(origin.chunk, origin.position)
         source = self._source(origin.source)
         if not source.documents:
             return self._rows(source, origin, sample)
@@ -112,9 +137,11 @@ class Tracer:
             for s, text in zip(spans, texts)
         ]
 
-    def _rearranged(self, origin: Origin) -> bool:
-        parts = self.manifest.phases[self._phase(origin.chunk)].parts
-        return any(p.name == origin.part and p.fim_rate > 0 for p in parts)
+    def _rearranged(self, at: Origin | Place) -> bool:
+        if at.chunk is None or at.part is None:
+            return False
+        parts = self.manifest.phases[self._phase(at.chunk)].parts
+        return any(p.name == at.part and p.fim_rate > 0 for p in parts)
 
     def _text(self, tokens: np.ndarray, begins: bool) -> str:
         """The text of a part of a document, to the last space: a document's first word has lost its own."""
@@ -126,10 +153,16 @@ class Tracer:
         if self.tokenizer is None:
             return [""] * len(spans)
         if rearranged:
-            texts = reassemble(sample.inputs, self.tokenizer, Fim.of(self.tokenizer))
-            return [*texts, *[""] * len(spans)][: len(spans)]
+            row = sample.inputs[sample.inputs != self.tokenizer.bos_id]  # in no other text here is it shown
+            found = dict(zip(self._kept([span for span, _ in spans]), reassemble(row, self.tokenizer, self._fim)))
+            return [found.get(i, "") for i in range(len(spans))]
         tokens = sample.tokens
         return [self._text(tokens[a:b], begins=not skip) for (a, b), skip in spans]
+
+    def _kept(self, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """Which of a window's documents are in its rearranged row: the originals lost a `</s>` that stood alone."""
+        lost = self.manifest.compat == "original"
+        return [i for i, (start, stop) in enumerate(spans) if not lost or stop - start > 1 or i == len(spans) - 1]
 
     def _rows(self, source: SourceRecord, origin: Origin, sample: Sample) -> list[Piece]:
         """The documents of a published row: what its end-of-document tokens delimit."""
@@ -143,8 +176,9 @@ class Tracer:
     def published_row(self, origin: Origin) -> tuple[str, int]:
         """Return (file, row from 1) of a sample of converted data."""
         if self.manifest.layout == "chunks":
-            number = permutation(self.manifest.phases[0].samples_per_chunk, self.manifest.seed, origin.chunk)
-            return self.manifest.published[origin.chunk], int(number[origin.position]) + 1
+            place = self.manifest.chunk_layout.element_of(self._numbers[origin.source], origin.window)
+            assert not isinstance(place, str)  # it is the window of a sample
+            return self.manifest.published[origin.chunk], place[1] + 1
         row = origin.window
         for file, rows in read_rows(self.data.directory, origin.source):
             if row < rows:
@@ -218,7 +252,7 @@ class Tracer:
                 if part.reads == source.name:
                     for slot in mixture.slots_of(which, number):
                         chunk, position = divmod(slot, phase.samples_per_chunk)
-                        found.append(Place(window, phase.first_chunk + chunk, position, None))
+                        found.append(Place(window, phase.first_chunk + chunk, position, None, part.name))
         return found or [Place(window, None, None, "unused")]
 
     # ---- from a text to samples --------------------------------------------------------------------------------
@@ -227,8 +261,9 @@ class Tracer:
         """Yield (chunk, position, pieces that hold it) of every sample in which a text begins; reads all chunks.
 
         A text is found where its words stand in a document, also across the border of two windows, but in rearranged
-        samples only where it was not cut. It is looked for by the tokens of its inner words, which do not depend on
-        what stands around it. Raises UserError when it has no inner word, or the data no tokenizer.
+        samples only where it was not cut, and in published rows, of which nobody knows what follows which, only within
+        one. It is looked for by the tokens of its inner words, which do not depend on what stands around it. Raises
+        UserError when it has no inner word, or the data no tokenizer.
         """
         if self.tokenizer is None:
             raise UserError(f"{self.data.directory}: has no tokenizer, so that no text can be looked for")
@@ -237,40 +272,40 @@ class Tracer:
         for chunk, record in enumerate(self.manifest.chunk_files):
             file = self._file(record)
             for start in range(0, record.samples, _SEARCHED_AT_ONCE):
-                found = self._candidates(file, start, min(start + _SEARCHED_AT_ONCE, record.samples), pattern)
-                for position, at in found:
-                    if self._holds(chunk, position, at, (before, inner + after)):
-                        pieces = self.pieces(chunk, position)
-                        yield chunk, position, [p for p in pieces if p.tokens[0] <= at < p.tokens[1]]
+                stop = min(start + _SEARCHED_AT_ONCE, record.samples)
+                tokens = np.stack([file.read(p).tokens for p in range(start, stop)])
+                for i, at in _candidates(tokens, pattern):
+                    if self._holds(chunk, start + i, tokens[i], at, (before, inner + after)):
+                        yield chunk, start + i, self._pieces_at(chunk, start + i, tokens[i], at)
 
-    def _candidates(self, file: SampleFile, start: int, stop: int, pattern: np.ndarray) -> list[tuple[int, int]]:
-        """(position, token) of samples start..stop-1 where the pattern begins, perhaps to go on beyond the sample."""
-        tokens = np.stack([file.read(p).tokens for p in range(start, stop)])
-        rows, columns = np.nonzero(tokens == pattern[0])
-        for i in range(1, len(pattern)):
-            inside = columns + i < tokens.shape[1]
-            kept = ~inside
-            kept[inside] = tokens[rows[inside], columns[inside] + i] == pattern[i]
-            rows, columns = rows[kept], columns[kept]
-        return [(start + int(r), int(c)) for r, c in zip(rows, columns)]
-
-    def _holds(self, chunk: int, position: int, at: int, text: tuple[str, str]) -> bool:
-        """Whether the text before, and that after, stand around token `at` of a sample and its neighbours."""
+    def _pieces_at(self, chunk: int, position: int, tokens: np.ndarray, at: int) -> list[Piece]:
+        """The piece of a sample that token `at` belongs to."""
         assert self.tokenizer is not None
-        joined, at = self._around(self.origin(chunk, position), at)
-        ends = np.flatnonzero(joined == self.tokenizer.eos_id)
-        i = int(np.searchsorted(ends, at))
-        begin, end = ends[i - 1] + 1 if i else 0, ends[i] if i < len(ends) else len(joined)
-        before, after = (len(part.encode()) + 2 for part in text)  # tokens: at most one a byte, and some spaces
-        left = self._text(joined[max(begin, at - before) : at], begins=False)
-        right = self._text(joined[at : min(end, at + after)], begins=False)
-        return left.endswith(text[0]) and right.startswith(" " + text[1])
+        origin = self.origin(chunk, position)
+        pieces = self.pieces_of(origin)
+        if not self._rearranged(origin):
+            return [p for p in pieces if p.tokens[0] <= at < p.tokens[1]]
+        kept = self._kept([p.tokens for p in pieces])  # whose tokens are no longer where they were in the window
+        number = int(np.count_nonzero(tokens[:at] == self.tokenizer.eos_id))
+        return [pieces[i] for i in kept[number : number + 1]]
 
-    def _around(self, origin: Origin, at: int) -> tuple[np.ndarray, int]:
+    def _holds(self, chunk: int, position: int, tokens: np.ndarray, at: int, text: tuple[str, str]) -> bool:
+        """Whether the text before, and that after, stand around token `at` of a sample and its neighbours."""
+        before, after = (len(part.encode()) + 2 for part in text)  # tokens: at most one a byte, and some spaces
+        if at < before or at + after > len(tokens):
+            tokens, at = self._around(self.origin(chunk, position), tokens, at)
+        # No text goes on over the end of a document, nor over what stands between the parts of a rearranged one.
+        left, right = tokens[max(0, at - before) : at], tokens[at : at + after]
+        left = left[max(np.flatnonzero(np.isin(left, self._marks)), default=-1) + 1 :]
+        right = right[: min(np.flatnonzero(np.isin(right, self._marks)), default=len(right))]
+        return self._text(left, begins=False).endswith(text[0]) and self._text(right, begins=False).startswith(
+            " " + text[1]
+        )
+
+    def _around(self, origin: Origin, middle: np.ndarray, at: int) -> tuple[np.ndarray, int]:
         """The tokens of a window with those of its neighbours that are in the data set, and where `at` is."""
         overlap, source = self.manifest.overlap, self._source(origin.source)
-        middle = self.data.sample(origin.chunk, origin.position).tokens
-        if self._rearranged(origin):
+        if self._rearranged(origin) or not source.documents:
             return middle, at
         before, after = self._window(source, origin.window - 1), self._window(source, origin.window + 1)
         head = before[: len(before) - overlap] if len(before) else before
@@ -284,7 +319,7 @@ class Tracer:
                     if place.why == "validation":
                         held_out = self.manifest.held_out[self._numbers[source.name]]
                         return self._file(source.validation_file).read(int(np.searchsorted(held_out, window))).tokens
-                elif not self._rearranged(self.origin(place.chunk, place.position)):
+                elif not self._rearranged(place):
                     return self.data.sample(place.chunk, place.position).tokens
         return np.empty(0, np.int32)
 
@@ -293,6 +328,17 @@ class Tracer:
 
     def _source(self, name: str) -> SourceRecord:
         return self.manifest.sources[self._numbers[name]]
+
+
+def _candidates(tokens: np.ndarray, pattern: np.ndarray) -> list[tuple[int, int]]:
+    """(row, column) where the pattern begins in tokens [n, S+1], perhaps to go on beyond the row."""
+    rows, columns = np.nonzero(tokens == pattern[0])
+    for i in range(1, len(pattern)):
+        inside = columns + i < tokens.shape[1]
+        kept = ~inside
+        kept[inside] = tokens[rows[inside], columns[inside] + i] == pattern[i]
+        rows, columns = rows[kept], columns[kept]
+    return list(zip(rows.tolist(), columns.tolist()))
 
 
 def _inner_words(text: str) -> tuple[str, str, str]:

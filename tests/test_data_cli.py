@@ -1,12 +1,15 @@
 """Data on the command line: phases, checks, conversions, traces and mixing experiments, as a user meets them."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from checkpoint.series import Series
 from data.loader import ChunkedData
+from training import loop
 from training.metrics import read_lines
 from training.mixtures import table
 
@@ -214,6 +217,40 @@ def test_mixtures_are_trained_and_compared(amber, capsys, tmp_path):
         code, _, err = call(capsys, *words, *wrong)
         assert code == 2
         assert message in err
+
+
+def test_mixtures_stopped_by_a_signal_go_on(amber, capsys, tmp_path, monkeypatch):
+    """The signal arrives in the first run: exit code 75, and a checkpoint from which the same command goes on."""
+    words = ["mixtures", "amber_tiny", "--data", amber / "a", "--run", tmp_path / "m", "--mesh=data=4,fsdp=2", *SMALL]
+    words += ["--mixture", "words=1", "--mixture", "code=1", "--json"]
+    write = loop.MetricsWriter.write
+
+    def write_and_signal(self, kind, step, values):
+        write(self, kind, step, values)
+        if kind == "train" and step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.MetricsWriter, "write", write_and_signal)
+    code, out, err = call(capsys, *words)
+    assert code == 75
+    assert json.loads(out) == {"data": str(amber / "a"), "runs": [], "finished": False}
+    assert "words_1: stopped by a signal after" in err
+    assert "the same command continues" in err
+    assert 2 <= Series(tmp_path / "m" / "words_1").newest().manifest.step <= 3
+    assert not (tmp_path / "m" / "code_1").exists()
+
+
+def test_mixtures_need_something_to_compare_by(work, capsys, tmp_path):
+    small = [*SMALL, "--data.validation-per-source=0"]
+    assert (
+        call(capsys, "prepare", "amber_tiny", "--out", tmp_path / "d", "--source", f"a={work / 'prose'}", *small)[0]
+        == 0
+    )
+    words = ["mixtures", "amber_tiny", "--data", tmp_path / "d", "--run", tmp_path / "m", *small]
+    code, _, err = call(capsys, *words, "--mixture", "a=1", "--mixture", "a=2")
+    assert code == 2
+    assert "has no validation samples to compare mixtures by" in err
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def compare(
     families: Mapping[str, Family],
     steps: int | None,
     log: Callable[[str], object],
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], bool]:
     """Train one run for each mixture, in a folder of its own below `folder`, and return their validation losses.
 
     The runs differ in nothing but their data: the same first weights, steps and schedule. A run that is already there
@@ -26,15 +26,26 @@ def compare(
     last validation, which is at the end of a chunk.
 
     Returns:
-        For each mixture: its shares, passes over each source, steps, loss over all sources and each.
+        For each mixture: its shares, passes over each source, steps, loss over all sources and each. And whether those
+        are all: else a signal stopped the run of the next one.
+
+    Raises:
+        UserError: there is nothing to compare by, or a run directory is another run's.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    for data in mixtures.values():
+        if not any(s.validation for s in data.data.manifest.sources):
+            raise UserError(
+                f"{data.directory}: has no validation samples to compare mixtures by; prepare data with "
+                "--data.validation-per-source of at least 1"
+            )
     for text, data in mixtures.items():
         run = folder / "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
         log(f"{run}: " + ", ".join(f"{name} {share:.1%}" for name, share in data.shares.items()))
         outcome = train(config, run, data, families, stop_at=steps)
         if outcome.reason == "interrupted":
-            raise UserError(f"{run}: stopped by a signal after {outcome.step} steps; the same command continues")
+            log(f"{run}: stopped by a signal after {outcome.step} steps; the same command continues")
+            return rows, False
         measured = [r for r in read_lines(run / "metrics.jsonl") if r["kind"] == "validation"][-1]
         losses = {name: measured[f"loss/{name}"] for name in data.sources if f"loss/{name}" in measured}
         rows.append(
@@ -48,7 +59,7 @@ def compare(
                 "losses": losses,
             }
         )
-    return rows
+    return rows, True
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

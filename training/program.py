@@ -1,6 +1,7 @@
 """A run's config and mesh turned into compiled steps: everything that is known before the first batch is read."""
 
 import dataclasses
+import itertools
 import math
 import time
 from typing import Any
@@ -88,16 +89,30 @@ class Program:
         """Mean loss over every source's validation samples, and over all of them as ``loss``."""
         sums, weights = {}, {}
         for source in data.sources:
-            samples = data.validation(source)
-            totals = [self.eval_step(params, b) for b in self._batches(samples)]
+            totals = self._totals(params, data, source)
             sums[source] = math.fsum(float(t["loss_sum"]) for t in totals)
             weights[source] = math.fsum(float(t["weight"]) for t in totals)
         losses = {f"loss/{s}": sums[s] / weights[s] for s in sums if weights[s]}
         total = math.fsum(weights.values())
         return {"loss": math.fsum(sums.values()) / total, **losses} if total else {}
 
-    def _batches(self, samples: Sample) -> list[Batch]:
-        """Samples, arrays of [n, S], as batches of the training shape; what is missing in the last has weight 0."""
+    def _totals(self, params: Any, data: TokenData, source: str) -> list[Any]:
+        """What the evaluation step says of each batch of a source's validation samples.
+
+        Two batches are in memory at a time: Amber holds out 102,400 samples of each source, which are gigabytes.
+        """
+        totals: list[Any] = []
+        rows = self.config.data.global_batch
+        for start in itertools.count(0, rows):
+            samples = data.validation(source, start, start + rows)
+            if not len(samples.inputs):
+                return totals
+            totals.append(self.eval_step(params, self._batch(samples)))
+            jax.block_until_ready(totals[-2:-1])
+        return totals
+
+    def _batch(self, samples: Sample) -> Batch:
+        """At most a batch of samples, arrays of [n, S], in the training shape; what is missing has weight 0."""
         parts, rows = self.config.execution.microbatches, self.config.data.global_batch
         sharding = steps.batch_sharding(self.mesh)
 
@@ -107,8 +122,7 @@ class Program:
             full = full.reshape(parts, rows // parts, -1)
             return jax.make_array_from_callback(full.shape, sharding, full.__getitem__)
 
-        starts = range(0, len(samples.inputs), rows)
-        return [Batch(*(array(values[at : at + rows]) for values in samples)) for at in starts]
+        return Batch(*map(array, samples))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from checkpoint.series import Series
 from data.chunks import MANIFEST
 from data.loader import ChunkedData
 from data.sample import Schedule
-from data.trace import Piece, Place, Tracer
+from data.trace import Origin, Piece, Place, Tracer
 from errors import UserError
 from training.config import Family, RunConfig
 from training.metrics import read_lines
@@ -66,8 +67,12 @@ class RunTracer:
             raise UserError(f"--step {step}: the run has steps 0 to {self.schedule.steps - 1}")
         if row is not None and not 0 <= row < batch:
             raise UserError(f"--row {row}: a batch has rows 0 to {batch - 1}")
-        rows = range(batch) if row is None else [row]
-        return [self.sample(*self.schedule.place(step, r)) for r in rows]
+        places = [self.schedule.place(step, r) for r in (range(batch) if row is None else [row])]
+        return [
+            self._sample(origin)
+            for chunk, of_chunk in groupby(places, key=lambda place: place[0])
+            for origin in self.tracer.origins(chunk, [position for _, position in of_chunk])
+        ]
 
     def sample(self, chunk: int, position: int) -> dict[str, Any]:
         """Return one sample: where it came from, the step that reads it, and its documents."""
@@ -79,9 +84,11 @@ class RunTracer:
         samples = next(p for p in phases if chunk < p.first_chunk + p.chunks).chunk_samples(chunk)
         if not 0 <= position < samples:
             raise UserError(f"--position {position}: chunk {chunk} has positions 0 to {samples - 1}")
-        origin = dataclasses.asdict(self.tracer.origin(chunk, position))
-        pieces = [_piece(p) for p in self.tracer.pieces(chunk, position)]
-        return {**self._read_at(chunk, position), **origin, "documents": pieces}
+        return self._sample(self.tracer.origin(chunk, position))
+
+    def _sample(self, origin: Origin) -> dict[str, Any]:
+        pieces = [_piece(p) for p in self.tracer.pieces_of(origin)]
+        return {**self._read_at(origin.chunk, origin.position), **dataclasses.asdict(origin), "documents": pieces}
 
     def document(self, document: str) -> list[dict[str, Any]]:
         """Return every document with this id: its text, and where each of its windows went."""

@@ -80,6 +80,25 @@ def test_what_is_wrong_is_named(prepared, tmp_path):
         check(tmp_path, Local(1), quiet)
 
 
+def test_an_index_that_is_gone_does_not_hide_the_rest(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    (tmp_path / "set" / "index" / "code.hashes.npy").unlink()
+    (tmp_path / "set" / "chunks" / "002.arrayrecord").unlink()
+    statistics, problems = check(tmp_path / "set", Local(1), quiet)
+    assert [p.split(": missing")[0] for p in problems] == [
+        str(tmp_path / "set" / "chunks" / "002.arrayrecord"),
+        str(tmp_path / "set" / "index" / "code.hashes.npy"),
+    ]
+    assert statistics["duplicates"]["documents"] >= 0  # of the source whose index is whole
+
+
+def test_another_data_set_in_the_same_place_is_checked_by_its_own_manifest(prepared, crystal, tmp_path):
+    for other in (prepared, crystal, prepared):
+        shutil.copytree(other, tmp_path / "set")
+        assert check(tmp_path / "set", Local(1), quiet)[1] == []
+        shutil.rmtree(tmp_path / "set")
+
+
 def test_ids_outside_the_vocabulary_are_found_behind_right_hashes(prepared, tmp_path):
     """A file that was wrong when its hash was taken."""
     shutil.copytree(prepared, tmp_path / "set")
@@ -114,6 +133,7 @@ def test_equal_documents_are_counted_and_named(tmp_path, monkeypatch):
     }
     for at_once in (1 << 24, 2):
         monkeypatch.setattr("data.check._HASHES_AT_ONCE", at_once)
+        monkeypatch.setattr("data.check._HASHES_READ", at_once)
         twice = check(tmp_path / "set", Local(1), quiet)[0]["duplicates"]
         assert {**twice, "named": set(twice["named"])} == expected
     assert len(DocumentIndex(config.out, "a")) == 4

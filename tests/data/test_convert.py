@@ -13,6 +13,7 @@ from data.engines import Local
 from data.loader import ChunkedData
 from data.mixture import Part
 from data.published import PublishedAmber, PublishedCrystal
+from data.tokenizer import load
 from data.trace import Tracer
 from errors import RunError, UserError
 
@@ -149,3 +150,20 @@ def test_crystals_rows_are_converted_with_their_masks(tmp_path):
             assert data.place(n, slot)[1:] == (piece.file, piece.line - 1)
     again = dataclasses.replace(manifest)
     assert again.sha256 == DataManifest.load(tmp_path / "set").sha256
+
+
+def test_rows_that_only_happen_to_follow_one_another_hold_no_text_together(prepared, tmp_path):
+    """Published rows are shuffled: a text is found in a row, and not where one row's end meets another's begin."""
+    tokenizer = load(prepared)
+    words = "batch stream batch stream batch stream"
+    ids = tokenizer.encode(words)
+    length = len(ids) - 1
+    row = np.stack([ids[:-1], np.ones(length, int), ids[1:]])
+    hdf5(tmp_path / "p" / "phase1" / "A" / "data-0.h5", np.stack([row, row, row]))
+    data = PublishedCrystal(tmp_path / "p", [(Part("A", 1.0),)], [None], length, tokenizer.vocab_size, seed=3)
+    convert(data, tmp_path / "set", samples_per_chunk=3, tokenizer=prepared)
+    tracer = Tracer(ChunkedData(tmp_path / "set"))
+    assert sorted((c, p) for c, p, _ in tracer.search(words)) == [(0, 0), (0, 1), (0, 2)]
+    assert list(tracer.search(words.replace("batch", "stream", 1))) == []
+    assert list(tracer.search(f"stream {words}")) == []
+    assert list(tracer.search(f"{words} batch")) == []

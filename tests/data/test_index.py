@@ -69,6 +69,16 @@ def test_windows_and_documents_find_each_other(tmp_path_factory, data, sequence_
         index.id(n)
 
 
+def test_the_arrays_are_numpys(tmp_path):
+    """They are written without memory maps, which end a process with a bus error where a disk is full."""
+    index = write(tmp_path, [3, 4, 5], [("a", [1, 2, 3])], [1])
+    for kind, dtype in KINDS.items():
+        path = tmp_path / "index" / f"a.{kind}.npy"
+        np.save(tmp_path / "again.npy", np.array(getattr(index, kind), dtype))
+        assert path.read_bytes() == (tmp_path / "again.npy").read_bytes()
+    assert index.offsets.tolist() == [0, 3, 7, 12]
+
+
 def test_a_damaged_index_is_named(prepared, tmp_path):
     shutil.copytree(prepared / "index", tmp_path / "index")
     DocumentIndex(tmp_path, "code")

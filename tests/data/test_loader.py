@@ -88,6 +88,9 @@ def test_data_describes_itself(data, prepared):
     assert [(a.shape, a.dtype) for a in held_out] == [((5, 16), np.int32)] * 2 + [((5, 16), np.float32)]
     assert held_out.is_window
     assert len({row.tobytes() for row in held_out.tokens}) == 5
+    for start, stop in ((0, 2), (2, 4), (4, 6), (6, 8)):
+        part = data.validation("prose", start, stop)
+        assert part.tokens.tolist() == held_out.tokens[start:stop].tolist()
     with pytest.raises(UserError, match="has no source 'poems'; it has code, prose"):
         data.validation("poems")
     with pytest.raises(UserError, match=r"has no chunk 4, only 0\.\.3"):

@@ -26,11 +26,12 @@ def test_shares_and_order_are_the_mixtures(prepared):
         assert mixed.passes[s.name] == len(order[s.name]) / (layout.chunks * s.per_chunk)
     assert mixed.shares == {n: len(found) / phase.samples for n, found in order.items()}
     for source in layout.sources:
-        # In the order of the stream, from the start again where it does not last.
-        windows = [tracer.origin(*at).window for at in order[source.name]]
-        once = sorted(set(windows))
-        assert windows == (once * (1 + len(windows) // len(once)))[: len(windows)]
-        assert len(once) == min(len(windows), layout.chunks * source.per_chunk)
+        # In the order of the data set, from the start again where it does not last: one chunk of a source at a time.
+        found = order[source.name]
+        once = sorted(set(found))
+        assert found == (once * (1 + len(found) // len(once)))[: len(found)]
+        assert len(once) == min(len(found), layout.chunks * source.per_chunk)
+        assert all(tracer.origin(*at).source == source.name for at in once)
 
 
 def test_a_view_is_a_data_set_of_its_own(prepared):

@@ -123,7 +123,8 @@ def test_layout_is_the_fact_sheets_and_inverts(extra, validation, chunks, seed):
 def test_window_of_takes_one_position_too():
     layout = Layout((SourceWindows("a", 100, 7, 18), SourceWindows("b", 377, 7, 74)), chunks=5, seed=3)
     source, window = layout.window_of(2, np.arange(92))
-    assert tuple(map(int, layout.window_of(2, 11))) == (source[11], window[11])
+    one_by_one = [tuple(map(int, layout.window_of(2, p))) for p in range(92)]
+    assert one_by_one == list(zip(source.tolist(), window.tolist()))
 
 
 def test_a_source_too_small_is_refused_with_numbers():
@@ -136,6 +137,8 @@ def test_places_outside_are_refused():
     layout = Layout((SourceWindows("a", 10, 2, 4),), chunks=2, seed=0)
     with pytest.raises(IndexError, match=r"chunk 2 is outside 0\.\.1"):
         layout.window_of(2, 0)
+    with pytest.raises(IndexError, match=r"position -1 is outside 0\.\.3"):
+        layout.window_of(0, -1)
     with pytest.raises(IndexError, match=r"window of source a 10 is outside 0\.\.9"):
         layout.place_of(0, 10)
     with pytest.raises(IndexError, match=r"source 1 is outside 0\.\.0"):

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ from data.prepare import PhasePlan, PrepareConfig, prepare
 from data.sources import SourceSpec
 from data.tokenizer import Tokenizer, load
 from errors import RunError, UserError
+from tests.data.made_up import prose
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -431,6 +434,109 @@ def test_another_layout_takes_the_tokens_of_an_unfinished_one(config, prepared, 
     prepare(dataclasses.replace(config, out=tmp_path / "set"), log=lines.append)
     assert "tokenise: all 2 tasks were done before" in lines
     assert contents(tmp_path / "set") == contents(prepared)
+
+
+def stopped_at(config: PrepareConfig, line_begins: str) -> None:
+    def stop(line: str) -> None:
+        if line.startswith(line_begins):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, log=stop)
+
+
+@pytest.mark.parametrize("removed", [1, 2, 3, 4])
+def test_killed_between_two_layouts_loses_nothing(config, prepared, tmp_path, monkeypatch, removed):
+    """While what was written of the first is taken away for the second; then the first is asked for again."""
+    first = dataclasses.replace(config, out=tmp_path / "set")
+    stopped_at(first, "chunks:")
+    remove, calls = shutil.rmtree, []
+
+    def killed(folder: Path) -> None:
+        remove(folder)
+        calls.append(folder)
+        if len(calls) == removed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.prepare.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dataclasses.replace(first, chunks=3), log=quiet)
+    monkeypatch.undo()
+    prepare(first, log=quiet)
+    assert contents(first.out) == contents(prepared)
+
+
+def test_a_layout_that_cannot_be_taken_away_is_not_mixed_with_another(config, tmp_path, monkeypatch):
+    first = dataclasses.replace(config, out=tmp_path / "set")
+    stopped_at(first, "chunks:")
+
+    def denied(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("data.prepare.shutil.rmtree", denied)
+    with pytest.raises(RunError, match=r"cannot be written .*Permission denied"):
+        prepare(dataclasses.replace(first, seed=8), log=quiet)
+    assert not (first.out / "manifest.json").exists()
+
+
+def test_a_file_lost_after_it_was_written_is_written_again(config, prepared, tmp_path):
+    again = dataclasses.replace(config, out=tmp_path / "set")
+    stopped_at(again, "chunks:")
+    (again.out / "chunks" / "002.arrayrecord").unlink()
+    with pytest.raises(RunError, match=r"002\.arrayrecord: missing .*the same command writes it again"):
+        prepare(again, log=quiet)
+    assert not (again.out / "manifest.json").exists()
+    prepare(again, log=quiet)
+    assert contents(again.out) == contents(prepared)
+
+
+def test_what_was_skipped_is_not_taken_for_good(config, prepared, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "0" * 500}) + "\nbad\n")
+    spec = SourceSpec("digits", str(tmp_path / "bad.jsonl"))
+    skips = dataclasses.replace(
+        config, out=tmp_path / "set", sources=(spec,), on_bad="skip", tokenizer=prepared / "tokenizer.model"
+    )
+    stopped_at(skips, "validation:")
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: not JSON .*an earlier call left it out with --on-bad skip"):
+        prepare(dataclasses.replace(skips, on_bad="fail"), log=quiet)
+    assert prepare(skips, log=quiet).sources[0].bad == 1
+
+
+def test_a_limit_on_text_ends_where_it_is_reached(config, prepared, tmp_path):
+    """Exactly, and what comes after it is not counted, whatever shard it is in."""
+    rows = [json.dumps({"text": t}) for t in ("0" * 2000, "1" * 2000, "", "2" * 2000)]
+    rows[0] += " " * 87  # 2100 bytes with the newline: the second shard has the second and third row, and no more
+    rows[2] += " " * 100
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    limited = dataclasses.replace(
+        config, sources=(SourceSpec("a", str(tmp_path / "a.jsonl")),), max_bytes_per_source=4000,
+        tokenizer=prepared / "tokenizer.model",
+    )  # fmt: skip
+    for shard_bytes in (1 << 26, 2100):
+        mine = dataclasses.replace(limited, out=tmp_path / str(shard_bytes), shard_bytes=shard_bytes)
+        (source,) = prepare(mine, log=quiet).sources
+        assert (source.documents, source.bytes, source.empty) == (2, 4000, 0)
+
+
+def test_a_limit_on_text_reads_no_more_parquet_than_it_needs(config, prepared, tmp_path):
+    rows = [prose(i, 40) for i in range(1000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", row_group_size=20)
+    limited = dataclasses.replace(
+        config, out=tmp_path / "set", sources=(SourceSpec("a", str(tmp_path / "a.parquet")),), chunks=1,
+        max_bytes_per_source=10_000, shard_bytes=5000, tokenizer=prepared / "tokenizer.model",
+    )  # fmt: skip
+    stopped_at(limited, "validation:")
+    tokenised = [json.loads(p.read_text())["bytes"] for p in (limited.out / WORK).glob("a-*.json")]
+    assert 10_000 <= sum(tokenised) < 30_000 < len("".join(rows))
+
+
+def test_going_on_does_not_plan_again(config, corpus, tmp_path, monkeypatch):
+    """A plan takes a pass over all large files."""
+    again = dataclasses.replace(config, out=tmp_path / "set", shard_bytes=3000)
+    stopped_at(again, "validation:")
+    monkeypatch.setattr("data.sources._blocks", None)  # what reads
+    stopped_at(again, "validation:")
 
 
 def test_sources_that_changed_meanwhile_are_refused(config, corpus, tmp_path):

@@ -301,6 +301,8 @@ def test_validation_and_tokenizer_where_they_are(tmp_path):
     assert data.sources == ("c4", "wikipedia")
     assert data.validation("wikipedia").tokens.tolist() == [ids("wikipedia", i) for i in range(4)]
     assert data.validation("wikipedia").weights.shape == (4, S)
+    parts = [data.validation("wikipedia", start, start + 3).tokens.tolist() for start in (0, 3, 6)]
+    assert parts == [[ids("wikipedia", i) for i in of] for of in ((0, 1, 2), (3,), ())]
     assert [x.shape for x in data.validation("c4")] == [(0, S)] * 3
     assert data.tokenizer_file == tmp_path / "tokenizer.model"
 

@@ -132,7 +132,9 @@ def test_validation_counts_only_what_counts(two_phases):
     assert program.validate(params, dataclasses.replace(MIXED, uncounted=1)) == losses
     others = dataclasses.replace(MIXED, seed=6)
     assert program.validate(params, others) != losses
-    weight = sum(float(program.eval_step(params, b)["weight"]) for b in program._batches(MIXED.validation("")))
+    totals = program._totals(params, MIXED, MIXED.sources[0])
+    assert len(totals) == 2  # batches, each read by itself
+    weight = sum(float(t["weight"]) for t in totals)
     assert weight == MIXED.validation("").weights.sum()
 
 
