@@ -88,6 +88,8 @@ class Prepare:
     """What does the work: processes of this machine, or Apache Beam. Does not change the result."""
     workers: int = 2
     """Processes of the local engine."""
+    shard_mb: float = 64.0
+    """Megabytes (1e6 bytes) of source files that are tokenised at a time: what a kill can lose."""
     runner: str = "DirectRunner"
     """Beam's runner, for example FlinkRunner, SparkRunner, DataflowRunner."""
     runner_option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -307,6 +309,7 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
     from data.prepare import prepare as prepare_data
 
     config = args.config
+    _refuse_idle_flags(args)
     if args.dry_run:
         sizes = _outline(args)
         if not args.json:
@@ -356,6 +359,31 @@ def prepare(args: Prepare) -> tuple[dict[str, Any], int]:
             f"tokens, manifest {manifest.sha256[:12]}"
         )
     return result, 0
+
+
+#: What a way of calling `prepare` does not look at, so that giving it is a mistake.
+_IDLE_FLAGS = {
+    "check": (
+        "source", "text_field", "label", "tokenizer", "compat", "on_bad", "max_mb_per_source", "shard_mb",
+        "from_published", "to", "dry_run",
+    ),
+    "dry_run": ("tokenizer", "compat", "on_bad", "max_mb_per_source", "engine", "from_published", "to"),
+    "from_published": ("source", "text_field", "label", "compat", "on_bad", "max_mb_per_source", "shard_mb"),
+}  # fmt: skip
+
+
+def _refuse_idle_flags(args: Prepare) -> None:
+    """A flag that changes nothing would be believed to: UserError."""
+    usual = {f.name: f.default for f in dataclasses.fields(Prepare)}
+    modes = [mode for mode in _IDLE_FLAGS if getattr(args, mode)]
+    idle = {name: f"--{mode.replace('_', '-')}" for mode in reversed(modes) for name in _IDLE_FLAGS[mode]}
+    if args.engine == "local":
+        idle |= dict.fromkeys(("runner", "runner_option"), "--engine local")
+    else:
+        idle["workers"] = "--engine beam"
+    for name, mode in idle.items():
+        if getattr(args, name) != usual[name]:
+            raise UserError(f"prepare: --{name.replace('_', '-')} does nothing with {mode}; leave one of them out")
 
 
 def _sources(args: Prepare) -> tuple[Any, ...]:
@@ -453,6 +481,8 @@ def _prepare_config(args: Prepare, out: Path) -> Any:
         raise UserError("prepare: no source; give --source NAME=PATH at least once, for example code=embedded:stdlib")
     if args.max_mb_per_source is not None and not 1e-6 <= args.max_mb_per_source < math.inf:
         raise UserError(f"--max-mb-per-source {args.max_mb_per_source}: must be a positive number of megabytes")
+    if not 1e-6 <= args.shard_mb < math.inf:
+        raise UserError(f"--shard-mb {args.shard_mb}: must be a positive number of megabytes")
     return PrepareConfig(
         recipe=args.config.recipe,
         out=out,
@@ -466,6 +496,7 @@ def _prepare_config(args: Prepare, out: Path) -> Any:
         tokenizer=args.tokenizer,
         on_bad=args.on_bad,
         max_bytes_per_source=None if args.max_mb_per_source is None else int(args.max_mb_per_source * 1e6),
+        shard_bytes=int(args.shard_mb * 1e6),
         engine=_engine(args, out / WORK),
         **_plan(args),
     )
@@ -736,7 +767,7 @@ def trace(args: Trace) -> dict[str, Any]:
     asked = [name for name in ("step", "chunk", "document", "text") if getattr(args, name) is not None]
     if len(asked) != 1 or (args.chunk is None) != (args.position is None):
         raise UserError("trace: ask one thing: --step N [--row R], --chunk C --position P, --document ID, or --text T")
-    tracer = provenance.RunTracer(args.dir, families(), data=args.data, global_batch=args.global_batch)
+    tracer = provenance.RunTracer(args.dir, families(), open_data, data=args.data, global_batch=args.global_batch)
     if args.document is not None:
         found = tracer.document(args.document)
         text = provenance.document_lines(found)
@@ -744,7 +775,7 @@ def trace(args: Trace) -> dict[str, Any]:
         if args.step is not None:
             found = tracer.step(args.step, args.row)
         elif args.chunk is not None and args.position is not None:
-            found = [tracer.sample(args.chunk, args.position)]
+            found = tracer.sample(args.chunk, args.position)
         else:
             found = tracer.text(args.text or "", args.max)
         text = provenance.lines(found)

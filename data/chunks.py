@@ -15,6 +15,7 @@ a flipped byte is found when it is read.
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,9 +45,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def written(path: Path) -> Iterator[Path]:
     """Yield a `.part` path to write; it becomes `path` when the block ends well and disappears when it does not.
 
-    Raises RunError when the file cannot be written, e.g. because the disk is full.
+    The name of its own lets two processes write the same file at once: a distributed engine may try a task twice, and
+    either result will do. Raises RunError when the file cannot be written, e.g. because the disk is full.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

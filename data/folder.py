@@ -61,6 +61,9 @@ def working(out: Path, sha256: str) -> Iterator[Path]:
                     "with it (and the same recipe, vocabulary, --compat and --max-mb-per-source), or choose another "
                     "--out, or delete the folder"
                 )
+            for torn in out.rglob("*.part"):  # what a kill left half written
+                if torn.is_file():
+                    torn.unlink()
             with written(path) as part:
                 part.write_text(claim)
             yield work

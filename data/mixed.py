@@ -16,6 +16,7 @@ from data.packing import permutation, split_samples
 from data.sample import PhaseSamples, Sample
 from errors import UserError
 
+_ORDER = "mixed, version 2"  # which sample is read where; in the digest, for a run must not go on in another order
 _SLOTS = 1 << 14  # of a mixture, found at a time: that is what finding one costs (`Interleave.at`)
 
 
@@ -98,7 +99,7 @@ class MixedData:
     @property
     def sha256(self) -> str:
         """SHA-256 of the data set's and the weights."""
-        return hashlib.sha256(json.dumps([self.data.sha256, self.weights]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_ORDER, self.data.sha256, self.weights]).encode()).hexdigest()
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -127,6 +128,20 @@ class MixedData:
             rank % (layout.chunks * layout.sources[source].per_chunk), layout.sources[source].per_chunk
         )
         return chunk, int(self._positions(chunk)[sum(s.per_chunk for s in layout.sources[:source]) + number])
+
+    def places(self, chunk: int, position: int) -> list[tuple[int, int]]:
+        """Return every (chunk, position) of the mixture, in order, that reads a sample of the data set."""
+        layout = self.data.manifest.chunk_layout
+        ends = np.cumsum([s.per_chunk for s in layout.sources])
+        element = int(np.flatnonzero(self._positions(chunk) == position)[0])
+        source = int(np.searchsorted(ends, element, side="right"))
+        if source not in self._numbers:
+            return []
+        part, per_chunk = self._numbers.index(source), layout.sources[source].per_chunk
+        first = chunk * per_chunk + element - int(ends[source] - per_chunk)
+        ranks = range(first, self._interleave.counts[part], layout.chunks * per_chunk)
+        slots = [self._interleave.slot(part, rank) for rank in ranks]
+        return sorted(divmod(s, self.phases[0].samples_per_chunk) for s in slots if s is not None)
 
     @cached_property
     def _slots(self) -> Any:

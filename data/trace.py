@@ -127,7 +127,7 @@ class Tracer:
         sample = self.data.sample(origin.chunk, origin.position)
         source = self._source(origin.source)
         if not source.documents:
-            return self._rows(source, origin, sample)
+            return row_pieces(sample, self.tokenizer, source.label, *self.published_row(origin))
         start = window_start(origin.window, self.manifest.sequence_length, self.manifest.overlap)
         index = self._index(source.name)
         spans = index.spans(start, start + self.manifest.sequence_length + 1)
@@ -144,10 +144,8 @@ class Tracer:
         return any(p.name == at.part and p.fim_rate > 0 for p in parts)
 
     def _text(self, tokens: np.ndarray, begins: bool) -> str:
-        """The text of a part of a document, to the last space: a document's first word has lost its own."""
         assert self.tokenizer is not None
-        anchor = [] if begins else self.tokenizer.encode("a")
-        return self.tokenizer.decode([*anchor, *tokens.tolist()], skip_special=True)[0 if begins else 1 :]
+        return text_of(tokens, self.tokenizer, begins)
 
     def _texts(self, sample: Sample, spans: list[tuple[tuple[int, int], int]], rearranged: bool) -> list[str]:
         if self.tokenizer is None:
@@ -163,15 +161,6 @@ class Tracer:
         """Which of a window's documents are in its rearranged row: the originals lost a `</s>` that stood alone."""
         lost = self.manifest.compat == "original"
         return [i for i, (start, stop) in enumerate(spans) if not lost or stop - start > 1 or i == len(spans) - 1]
-
-    def _rows(self, source: SourceRecord, origin: Origin, sample: Sample) -> list[Piece]:
-        """The documents of a published row: what its end-of-document tokens delimit."""
-        file, line = self.published_row(origin)
-        ends = [] if self.tokenizer is None else (np.flatnonzero(sample.tokens == self.tokenizer.eos_id) + 1).tolist()
-        edges = [0, *ends, *([] if ends and ends[-1] == len(sample.tokens) else [len(sample.tokens)])]
-        spans = list(pairwise(edges))
-        texts = self._texts(sample, [(span, int(n == 0)) for n, span in enumerate(spans)], False)
-        return [Piece(source.label, None, file, line, span, 0, text) for span, text in zip(spans, texts)]
 
     def published_row(self, origin: Origin) -> tuple[str, int]:
         """Return (file, row from 1) of a sample of converted data."""
@@ -354,3 +343,28 @@ def _inner_words(text: str) -> tuple[str, str, str]:
     last = max(i for i in range(first, len(words) - 1) if words[i])
     before, inner = " ".join(words[:first]), " ".join(words[first : last + 1])
     return before, inner, text[len(before) + 1 + len(inner) :]
+
+
+def text_of(tokens: np.ndarray, tokenizer: Tokenizer, begins: bool) -> str:
+    """Return the text of a part of a document, to the last space: a document's own first word has none."""
+    anchor = [] if begins else tokenizer.encode("a")
+    return tokenizer.decode([*anchor, *tokens.tolist()], skip_special=True)[0 if begins else 1 :]
+
+
+def row_pieces(sample: Sample, tokenizer: Tokenizer | None, source: str, file: str, line: int) -> list[Piece]:
+    """Return the documents of a published row, which have no names: what its end-of-document tokens delimit."""
+    tokens = sample.tokens
+    ends = [] if tokenizer is None else (np.flatnonzero(tokens == tokenizer.eos_id) + 1).tolist()
+    edges = [0, *ends, *([] if ends and ends[-1] == len(tokens) else [len(tokens)])]
+    return [
+        Piece(
+            source,
+            None,
+            file,
+            line,
+            (start, stop),
+            0,
+            "" if tokenizer is None else text_of(tokens[start:stop], tokenizer, begins=start > 0),
+        )
+        for start, stop in pairwise(edges)
+    ]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +182,18 @@ def test_checks_convert_and_train_on_published_files(amber, capsys, tmp_path):
         for run in (tmp_path / "r", amber / "ra")
     ]
     assert losses[0] == losses[1]
+    code, out, _ = call(capsys, "trace", tmp_path / "r", "--step", 1, "--row", 2, "--json")
+    assert code == 0
+    (mine,) = json.loads(out)["samples"]
+    code, out, _ = call(capsys, "trace", amber / "ra", "--step", 1, "--row", 2, "--json")
+    (theirs,) = json.loads(out)["samples"]
+    assert [d["text"] for d in mine["documents"]] == [d["text"] for d in theirs["documents"]]
+    document = mine["documents"][0]
+    line = (Path(published) / "train" / document["file"]).read_text().splitlines()[document["line"] - 1]
+    assert json.loads(line)["source"] == theirs["source"]
+    code, _, err = call(capsys, "trace", tmp_path / "r", "--document", "x")
+    assert code == 2
+    assert "published files can be asked only for steps" in err
     path = amber / "a" / "chunks" / "001.arrayrecord"
     content = path.read_bytes()
     path.write_bytes(content[:-9] + b"x" + content[-8:])
@@ -190,7 +203,7 @@ def test_checks_convert_and_train_on_published_files(amber, capsys, tmp_path):
     assert "001.arrayrecord: SHA-256 differs from the manifest" in err
 
 
-def test_mixtures_are_trained_and_compared(amber, capsys, tmp_path):
+def test_mixtures_are_trained_compared_and_traced(amber, capsys, tmp_path):
     words = ["mixtures", "amber_tiny", "--data", amber / "a", "--run", tmp_path / "m", "--mesh=data=4,fsdp=2", *SMALL]
     both = ["--mixture", "words=0.9,code=0.1", "--mixture", "words=0.1,code=0.9"]
     code, out, _ = call(capsys, *words, *both, "--json")
@@ -204,6 +217,16 @@ def test_mixtures_are_trained_and_compared(amber, capsys, tmp_path):
     assert runs == ["words_0.1_code_0.9", "words_0.9_code_0.1"]
     first = [json.loads((tmp_path / "m" / r / "metrics.jsonl").read_text().splitlines()[0]) for r in runs]
     assert first[0]["loss"] == first[1]["loss"]  # the same first weights, measured on the same validation samples
+    # A step of a mixture leads to its documents, and those back to every step that reads them.
+    code, out, _ = call(capsys, "trace", rows[0]["run"], "--step", 2, "--json")
+    assert code == 0
+    samples = json.loads(out)["samples"]
+    assert [s["row"] for s in samples] == list(range(8))
+    for sample in samples[:3]:
+        code, out, _ = call(capsys, "trace", rows[0]["run"], "--document", sample["documents"][0]["document"], "--json")
+        windows = json.loads(out)["documents"][0]["windows"]
+        assert (2, sample["row"]) in [(w.get("step"), w.get("row")) for w in windows]
+
     lines = table(rows)  # in which each source's lowest loss is starred
     assert lines[0].split() == ["mixture", "steps", "all", "words", "code"]
     for line, row in zip(lines[1:], rows):
@@ -259,11 +282,17 @@ def test_mixtures_need_something_to_compare_by(work, capsys, tmp_path):
         (["--text-field", "b=x"], "--text-field b=x: write NAME=VALUE, NAME one of the sources: a"),
         (["--label", "a"], "--label a: write NAME=VALUE"),
         (["--source", "a=y"], "a --source name was given twice"),
+        (["--shard-mb", 0], "--shard-mb 0.0: must be a positive number"),
+        (["--runner", "FlinkRunner"], "--runner does nothing with --engine local"),
+        (["--engine", "beam", "--workers", 4], "--workers does nothing with --engine beam"),
+        (["--check"], "--source does nothing with --check"),
+        (["--from-published", "x"], "--source does nothing with --from-published"),
+        (["--dry-run", "--on-bad", "skip"], "--on-bad does nothing with --dry-run"),
         (["--engine", "beam", "--runner", "NoSuchRunner"], "Beam"),
     ],
 )
 def test_wrong_flags_are_refused(work, capsys, tmp_path, words, message):
-    pytest.importorskip("apache_beam") if "beam" in words else None
+    pytest.importorskip("apache_beam") if "NoSuchRunner" in words else None
     code, _, err = call(
         capsys, "prepare", "amber_tiny", "--out", tmp_path / "x", "--source", f"a={work / 'prose'}", *words, *SMALL
     )

@@ -17,6 +17,7 @@ from checkpoint.files import write_atomically
 from checkpoint.manifest import Manifest, checkpoint_name, code_version, environment
 from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader, SyntheticData, TokenData
+from data.mixed import MixedData
 from errors import RunError, UserError
 from training import step as steps
 from training.config import Family, RunConfig
@@ -94,7 +95,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
             step=begin,
             mesh=dict(mesh.shape),
             parent=parent and parent.manifest.name,
-            data="synthetic" if isinstance(data, SyntheticData) else str(getattr(data, "directory", "elsewhere")),
+            **_read_from(data),
         )
         kept = {0, *(p.step for p in config.positions)}
         log = Log(program, metrics)
@@ -135,6 +136,15 @@ def _loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
         sharding=steps.batch_sharding(mesh),
         workers=config.data.workers,
     )
+
+
+def _read_from(data: TokenData) -> dict[str, Any]:
+    """Where the data lies, for the ledger: its folder, and the shares of its sources if the run has its own."""
+    if isinstance(data, SyntheticData):
+        return {"data": "synthetic"}
+    folder = getattr(data, "directory", None)  # not part of how samples are read: a TokenData need not have one
+    where = {"data": str(Path(folder).resolve())} if folder is not None else {}
+    return {**where, "mixture": data.weights} if isinstance(data, MixedData) else where
 
 
 def _check_directory(run: Path) -> None:

@@ -6,7 +6,7 @@ checkpoints come after that step.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 from checkpoint.series import Series
 from data.chunks import MANIFEST
 from data.loader import ChunkedData
+from data.mixed import MixedData
 from data.sample import Schedule
-from data.trace import Origin, Piece, Place, Tracer
+from data.tokenizer import Tokenizer, files_in, load
+from data.trace import Piece, Place, Tracer, row_pieces
 from errors import UserError
 from training.config import Family, RunConfig
 from training.metrics import read_lines
@@ -25,38 +27,53 @@ from training.metrics import read_lines
 class RunTracer:
     """Traces in a run, or in a data directory alone, whose steps are known only for a given batch.
 
-    Raises UserError where a run's data is not there, or is not what the run was trained on.
+    `open_data` gives the data set of a folder, as `train` reads it. Raises UserError where a run's data is not there,
+    or is not what the run was trained on.
     """
 
     def __init__(
         self,
         folder: Path,
         families: Mapping[str, Family],
+        open_data: Callable[[Path, RunConfig], Any],
         *,
         data: Path | None = None,
         global_batch: int | None = None,
     ):
+        self.mixed: MixedData | None = None
+        self.schedule: Schedule | None = None
         self.run = None if (folder / MANIFEST).exists() else folder
         if self.run is None:
-            self.tracer = Tracer(ChunkedData(folder))
-            phases = self.tracer.data.phases
-            steps = tuple(p.steps(global_batch) for p in phases) if global_batch else ()
-            self.schedule = Schedule(phases, steps, global_batch) if global_batch else None
+            self.data: Any = ChunkedData(folder)
+            if global_batch:
+                steps = tuple(p.steps(global_batch) for p in self.data.phases)
+                self.schedule = Schedule(self.data.phases, steps, global_batch)
             return
-        config = _config(folder, families)
-        self.tracer = Tracer(ChunkedData(data or _data_of(folder)))
-        trained_on = {e.manifest.data_sha256 for e in self._entries}
-        if trained_on - {self.tracer.data.sha256}:
+        config, (named, weights) = _config(folder, families), _data_of(folder)
+        self.data = open_data(data or named, config)
+        if weights:
+            self.mixed = MixedData(self.data, weights)
+        read = self.mixed or self.data
+        if {e.manifest.data_sha256 for e in self._entries} - {read.sha256}:
             raise UserError(
-                f"{self.tracer.data.directory}: is not the data that {folder} was trained on (its manifest has "
-                f"{self.tracer.data.sha256[:12]}…); give --data the right one. A run with --mixture, or on published "
-                "files, cannot be traced yet"
+                f"{read.directory}: is not the data that {folder} was trained on (its digest is {read.sha256[:12]}…); "
+                "give --data the right one"
             )
-        self.schedule = Schedule(self.tracer.data.phases, config.phase_steps, config.data.global_batch)
+        self.schedule = Schedule(read.phases, config.phase_steps, config.data.global_batch)
 
     @cached_property
     def _entries(self) -> list[Any]:
         return Series(self.run).entries() if self.run else []
+
+    @cached_property
+    def tracer(self) -> Tracer:
+        """Of the data set; UserError for published files, of which only `step` and `sample` know something."""
+        if not isinstance(self.data, ChunkedData):
+            raise UserError(
+                f"{self.data.directory}: published files can be asked only for steps; convert them (prepare "
+                "--from-published) to look for documents and texts"
+            )
+        return Tracer(self.data)
 
     def step(self, step: int, row: int | None = None) -> list[dict[str, Any]]:
         """Return the samples of a step, or one row of it, with their documents."""
@@ -67,16 +84,15 @@ class RunTracer:
             raise UserError(f"--step {step}: the run has steps 0 to {self.schedule.steps - 1}")
         if row is not None and not 0 <= row < batch:
             raise UserError(f"--row {row}: a batch has rows 0 to {batch - 1}")
-        places = [self.schedule.place(step, r) for r in (range(batch) if row is None else [row])]
-        return [
-            self._sample(origin)
-            for chunk, of_chunk in groupby(places, key=lambda place: place[0])
-            for origin in self.tracer.origins(chunk, [position for _, position in of_chunk])
-        ]
+        rows = range(batch) if row is None else [row]
+        places = [self.schedule.place(step, r) for r in rows]
+        if self.mixed:
+            places = [self.mixed.origin(*place) for place in places]
+        return [{**self._seen(step, r), **sample} for r, sample in zip(rows, self._samples(places))]
 
-    def sample(self, chunk: int, position: int) -> dict[str, Any]:
-        """Return one sample: where it came from, the step that reads it, and its documents."""
-        phases = self.tracer.data.phases
+    def sample(self, chunk: int, position: int) -> list[dict[str, Any]]:
+        """Return a sample of the data set, once for each step that reads it: where it came from, and its documents."""
+        phases = self.data.phases
         if not 0 <= chunk < phases[-1].first_chunk + phases[-1].chunks:
             raise UserError(
                 f"--chunk {chunk}: the data has chunks 0 to {phases[-1].first_chunk + phases[-1].chunks - 1}"
@@ -84,47 +100,70 @@ class RunTracer:
         samples = next(p for p in phases if chunk < p.first_chunk + p.chunks).chunk_samples(chunk)
         if not 0 <= position < samples:
             raise UserError(f"--position {position}: chunk {chunk} has positions 0 to {samples - 1}")
-        return self._sample(self.tracer.origin(chunk, position))
-
-    def _sample(self, origin: Origin) -> dict[str, Any]:
-        pieces = [_piece(p) for p in self.tracer.pieces_of(origin)]
-        return {**self._read_at(origin.chunk, origin.position), **dataclasses.asdict(origin), "documents": pieces}
+        (sample,) = self._samples([(chunk, position)])
+        return [{**reading, **sample} for reading in self._readings(chunk, position)]
 
     def document(self, document: str) -> list[dict[str, Any]]:
         """Return every document with this id: its text, and where each of its windows went."""
         found = []
         for source, number in self.tracer.find(document):
-            places = [self._place(p) for p in self.tracer.places(source, number)]
+            windows = [w for place in self.tracer.places(source, number) for w in self._windows(place)]
             name = f"{source}/{self.tracer.document_id(source, number)}"
-            found.append({"document": name, "text": self.tracer.text(source, number), "windows": places})
+            found.append({"document": name, "text": self.tracer.text(source, number), "windows": windows})
         return found
 
     def text(self, text: str, most: int) -> list[dict[str, Any]]:
         """Return the first samples in which a text begins, in the order of chunks, with the document there."""
-        found = []
+        found: list[dict[str, Any]] = []
         for chunk, position, pieces in self.tracer.search(text):
-            documents = [_piece(p) for p in pieces]
-            found.append(
-                {**self._read_at(chunk, position), "chunk": chunk, "position": position, "documents": documents}
-            )
-            if len(found) == most:
+            hit = {"chunk": chunk, "position": position, "documents": [_piece(p) for p in pieces]}
+            found += [{**reading, **hit} for reading in self._readings(chunk, position)]
+            if len(found) >= most:
                 break
-        return found
+        return found[:most]
 
-    def _place(self, place: Place) -> dict[str, Any]:
+    def _samples(self, places: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """Samples of the data set with their documents, for places in order of chunks or not."""
+        if not isinstance(self.data, ChunkedData):
+            yield from (self._published(*place) for place in places)
+            return
+        for chunk, of_chunk in groupby(places, key=lambda place: place[0]):
+            for origin in self.tracer.origins(chunk, [position for _, position in of_chunk]):
+                pieces = [_piece(p) for p in self.tracer.pieces_of(origin)]
+                yield {**dataclasses.asdict(origin), "documents": pieces}
+
+    def _published(self, chunk: int, position: int) -> dict[str, Any]:
+        """A sample of published files: its file and row, and the texts that its end-of-document tokens delimit."""
+        *part, file, row = self.data.place(chunk, position)
+        line = row + len(part)  # lines are counted from 1, rows of HDF5 files from 0
+        pieces = row_pieces(self.data.sample(chunk, position), self._tokenizer, part[0] if part else "", file, line)
+        return {"chunk": chunk, "position": position, "documents": [_piece(p) for p in pieces]}
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        found = [file for place in (self.run, self.data.directory) if place for file in files_in(place)]
+        return load(found[0]) if found else None
+
+    def _windows(self, place: Place) -> list[dict[str, Any]]:
         if place.chunk is None or place.position is None:
-            return {"window": place.window, "not_read": place.why}
+            return [{"window": place.window, "not_read": place.why}]
         at = {"window": place.window, "chunk": place.chunk, "position": place.position}
-        return {**at, **self._read_at(place.chunk, place.position)}
+        return [{**at, **reading} for reading in self._readings(place.chunk, place.position)]
 
-    def _read_at(self, chunk: int, position: int) -> dict[str, Any]:
-        """The step and row that read a sample, and the first checkpoint and number of checkpoints that had seen it."""
-        read = self.schedule and self.schedule.reader(chunk, position)
-        if not read:
-            return {"step": None, "row": None} if self.schedule else {}
-        seen = [e.manifest.name for e in self._entries if e.manifest.step > read[0]]
-        checkpoints = {"first_checkpoint": seen[0] if seen else None, "checkpoints": len(seen)} if self.run else {}
-        return {"step": read[0], "row": read[1], **checkpoints}
+    def _readings(self, chunk: int, position: int) -> list[dict[str, Any]]:
+        """Each step and row that reads a sample of the data set, with the checkpoints; at least one entry."""
+        if self.schedule is None:
+            return [{}]
+        places = self.mixed.places(chunk, position) if self.mixed else [(chunk, position)]
+        read = [found for place in places if (found := self.schedule.reader(*place))]
+        return [self._seen(*found) for found in read] or [{"step": None, "row": None}]
+
+    def _seen(self, step: int, row: int) -> dict[str, Any]:
+        """A step and row, and of a run the first checkpoint, and the number of them, that had seen it."""
+        if not self.run:
+            return {"step": step, "row": row}
+        after = [e.manifest.name for e in self._entries if e.manifest.step > step]
+        return {"step": step, "row": row, "first_checkpoint": after[0] if after else None, "checkpoints": len(after)}
 
 
 def _piece(piece: Piece) -> dict[str, Any]:
@@ -139,12 +178,13 @@ def _config(run: Path, families: Mapping[str, Family]) -> RunConfig:
         raise UserError(f"{run}: neither a data directory nor a run that can be traced ({error})") from error
 
 
-def _data_of(run: Path) -> Path:
-    """The data directory that the ledger names last."""
-    named = [e["data"] for e in read_lines(run / "ledger.jsonl") if e.get("data")]
-    if not named or named[-1] == "synthetic":
-        raise UserError(f"{run}: its ledger names no data directory; give --data DIR")
-    return Path(named[-1])
+def _data_of(run: Path) -> tuple[Path, tuple[tuple[str, float], ...]]:
+    """The data directory that the ledger names last, and the shares of its sources if the run had its own."""
+    named = [e for e in read_lines(run / "ledger.jsonl") if e.get("data")]
+    if not named or named[-1]["data"] == "synthetic":
+        raise UserError(f"{run}: its ledger names no data directory: a run on synthetic data reads no documents")
+    mixture = named[-1].get("mixture") or []
+    return Path(named[-1]["data"]), tuple((str(name), float(weight)) for name, weight in mixture)
 
 
 def lines(samples: list[dict[str, Any]], width: int = 100) -> list[str]:

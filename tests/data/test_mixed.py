@@ -34,6 +34,19 @@ def test_shares_and_order_are_the_mixtures(prepared):
         assert all(tracer.origin(*at).source == source.name for at in once)
 
 
+def test_places_are_the_inverse_of_origins(prepared):
+    data = ChunkedData(prepared)
+    for text in ("code=0.9,prose=0.1", "code=1"):
+        mixed, read = MixedData.parse(data, text), {}
+        phase = mixed.phases[0]
+        for chunk in range(phase.chunks):
+            for position in range(phase.samples_per_chunk):
+                read.setdefault(mixed.origin(chunk, position), []).append((chunk, position))
+        for chunk in range(phase.chunks):
+            for position in range(phase.samples_per_chunk):
+                assert mixed.places(chunk, position) == read.get((chunk, position), [])
+
+
 def test_a_view_is_a_data_set_of_its_own(prepared):
     data = ChunkedData(prepared)
     mixed, other = MixedData.parse(data, "code=1"), MixedData.parse(data, "code=1,prose=1")
