@@ -5,17 +5,17 @@ of each source and chunk, and looks for documents that occur twice. Of a file, s
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
 from data.chunks import DataManifest, FileRecord, SampleFile, written
-from data.engines import Engine
+from data.engines import Engine, Task, run_all
 from data.index import DocumentIndex
 from data.streams import unknown_ids
 from data.tokenizer import Tokenizer, load
@@ -46,14 +46,32 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _File:
+class _File(Task):
     """A file to check: a chunk, or a source's validation samples."""
 
     root: Path
-    call: str  # this call of `check`: a worker may serve several, and the data set be another by then
+    journals: Path  # of this call alone: the next one reads everything again
     record: FileRecord
     chunk: int | None
     source: int | None
+
+    @property
+    def journal(self) -> Path:
+        """Says what was found."""
+        return self.journals / f"{self.chunk}-{self.source}.json"
+
+    @property
+    def weight(self) -> int:
+        """Bytes to read."""
+        return self.record.bytes
+
+    def run(self) -> dict[str, Any]:
+        """Return what is wrong with the file, or what it holds by source number."""
+        try:
+            counts = {str(j): list(map(int, row)) for j, row in enumerate(_counted(self)) if row[0]}
+        except RunError as error:
+            return {"problem": str(error)}
+        return {"counts": counts, "samples": self.record.samples, "bytes": self.record.bytes}
 
 
 @dataclass(frozen=True)
@@ -75,19 +93,15 @@ def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> t
     """
     root = Path(root)
     manifest = DataManifest.load(root)
-    call = uuid4().hex
-    files = [_File(root, call, f, c, None) for c, f in enumerate(manifest.chunk_files)]
-    files += [_File(root, call, s.validation_file, None, j) for j, s in enumerate(manifest.sources)]
     tokenizer = _tokenizer(root, manifest)
     problems = [tokenizer] if isinstance(tokenizer, str) else []
-    counted: list[dict[int, Counts]] = []
-    with engine:
-        for file, result in zip(files, engine.map(_check_file, files)):
-            if isinstance(result, str):
-                problems.append(result)
-                result = {}
-            counted.append(result)
-            log(f"{file.record.file}: {file.record.samples:,} samples")
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=root) as folder, engine:
+        journals = Path(folder)
+        files = [_File(root, journals, f, c, None) for c, f in enumerate(manifest.chunk_files)]
+        files += [_File(root, journals, s.validation_file, None, j) for j, s in enumerate(manifest.sources)]
+        results = run_all(files, engine, log, "check")
+    problems += [r["problem"] for r in results if "problem" in r]
+    counted = [{int(j): Counts(*row) for j, row in r.get("counts", {}).items()} for r in results]
     whole = []
     for j, source in enumerate(manifest.sources):
         if found := _index_problems(root, manifest, j):
@@ -102,8 +116,11 @@ def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> t
 
 
 @lru_cache(maxsize=1)
-def _opened(root: Path, call: str) -> tuple[DataManifest, Tokenizer | None, np.ndarray, np.ndarray]:
-    """Manifest, tokenizer, and for each id the bytes it spells and whether it is unknown text."""
+def _opened(root: Path, journals: Path) -> tuple[DataManifest, Tokenizer | None, np.ndarray, np.ndarray]:
+    """Manifest, tokenizer, and for each id the bytes it spells and whether it is unknown text.
+
+    Kept for one call of `check`, which `journals` tells from others: the data set may be another by the next.
+    """
     manifest = DataManifest.load(root)
     size = manifest.vocab_size
     lengths, unknown = np.zeros(size, np.int64), np.zeros(size, bool)
@@ -121,36 +138,30 @@ def _opened(root: Path, call: str) -> tuple[DataManifest, Tokenizer | None, np.n
     return manifest, tokenizer, lengths, unknown
 
 
-def _check_file(file: _File) -> dict[int, Counts] | str:
-    """Return what a file holds by source number, or what is wrong with it."""
-    try:
-        file.record.check_content(file.root)
-        manifest, tokenizer, lengths, unknown = _opened(file.root, file.call)
-        samples = SampleFile(
-            file.root, file.record, sequence_length=manifest.sequence_length, vocab_size=manifest.vocab_size
-        )
-        found = np.zeros((len(manifest.sources), 6), np.int64)
-        source = _sources(manifest, file)
-        for start in range(0, file.record.samples, _SAMPLES_AT_ONCE):
-            stop = min(start + _SAMPLES_AT_ONCE, file.record.samples)
-            read = [samples.read(p) for p in range(start, stop)]
-            tokens = np.stack([s.tokens for s in read])
-            eos = np.zeros(len(read)) if tokenizer is None else (tokens == tokenizer.eos_id).sum(1)
-            rows = np.stack(
-                [
-                    np.ones(len(read)),
-                    np.full(len(read), tokens.shape[1]),
-                    [s.weights.sum() for s in read],
-                    eos,
-                    lengths[tokens].sum(1),
-                    unknown[tokens].sum(1),
-                ],
-                axis=1,
-            )
-            np.add.at(found, source[start:stop], rows.astype(np.int64))
-    except RunError as error:
-        return str(error)
-    return {j: Counts(*map(int, row)) for j, row in enumerate(found) if row[0]}
+def _counted(file: _File) -> np.ndarray:
+    """Return int64[sources, fields of Counts] of a file; RunError says what is wrong with it."""
+    file.record.check_content(file.root)
+    manifest, tokenizer, lengths, unknown = _opened(file.root, file.journals)
+    samples = SampleFile(
+        file.root, file.record, sequence_length=manifest.sequence_length, vocab_size=manifest.vocab_size
+    )
+    found = np.zeros((len(manifest.sources), 6), np.int64)
+    source = _sources(manifest, file)
+    for start in range(0, file.record.samples, _SAMPLES_AT_ONCE):
+        stop = min(start + _SAMPLES_AT_ONCE, file.record.samples)
+        read = [samples.read(p) for p in range(start, stop)]
+        tokens = np.stack([s.tokens for s in read])
+        eos = np.zeros(len(read)) if tokenizer is None else (tokens == tokenizer.eos_id).sum(1)
+        columns = [
+            np.ones(len(read)),
+            np.full(len(read), tokens.shape[1]),
+            [s.weights.sum() for s in read],
+            eos,
+            lengths[tokens].sum(1),
+            unknown[tokens].sum(1),
+        ]
+        np.add.at(found, source[start:stop], np.stack(columns, axis=1).astype(np.int64))
+    return found
 
 
 def _sources(manifest: DataManifest, file: _File) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,17 +24,20 @@ from data.chunks import (
     written,
 )
 from data.engines import Engine, Task, run_all
-from data.folder import finished, working
+from data.folder import WORK, finished, working
 from data.index import rows_path
 from data.loader import ChunkedData
 from data.mixture import Part
 from data.packing import ORDER, inverse, permutation
 from data.published import PublishedAmber, PublishedCrystal, write_published_chunk
+from data.sample import Sample
 from data.tokenizer import load
 from errors import UserError
 
 Published = PublishedAmber | PublishedCrystal
 Log = Callable[[str], object]
+
+_ROWS_AT_ONCE = 256  # of validation samples
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,34 @@ class _Convert(Task):
     def run(self) -> dict[str, Any]:
         """Write the file, every row of it checked by the reader, and return its record."""
         dtype, path = token_dtype(self.data.vocab_size), self.out / self.file
-        if self.validation is not None:
-            rows = self.data.validation(self.validation).tokens.astype(dtype)
-            write_records(path, (row.tobytes() for row in rows))
-            return dataclasses.asdict(FileRecord.of(self.out, path, len(rows)))
-        samples = (self.data.sample(self.chunk, p) for p in range(self.start, self.stop))
-        write_records(path, (encode(s, dtype) for s in samples))
+        write_records(path, (encode(s, dtype) for s in self._samples()))
         return dataclasses.asdict(FileRecord.of(self.out, path, self.stop - self.start))
+
+    def _samples(self) -> Iterator[Sample]:
+        for p in range(self.start, self.stop):
+            if self.validation is None:
+                yield self.data.sample(self.chunk, p)
+            else:
+                yield Sample(*(values[0] for values in self.data.validation(self.validation, p, p + 1)))
+
+
+@dataclass(frozen=True)
+class _Lines(Task):
+    """Find the lines of one of Amber's files, and the blocks of sources in it: reads all of it once."""
+
+    data: PublishedAmber
+    work: Path
+    chunk: int
+
+    @property
+    def journal(self) -> Path:
+        """Says that it is done."""
+        return self.work / f"lines-{self.chunk:03}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Return the blocks; the reader keeps the lines beside the file."""
+        path = self.data.files[self.chunk]
+        return {"blocks": self.data.rows(self.chunk).labels(), "bytes": path.stat().st_size}
 
 
 def from_published(
@@ -125,18 +149,25 @@ def from_published(
 
 def _amber(data: PublishedAmber, out: Path, work: Path, engine: Engine, log: Log) -> dict[str, Any]:
     """Convert, and return the manifest's fields: a source for every label."""
-    chunks, blocks = len(data.files), data.rows(0).labels()
-    for chunk in range(chunks):
-        if data.rows(chunk).labels() != blocks or len({label for label, _, _ in blocks}) < len(blocks):
+    chunks = len(data.files)
+    found = run_all([_Lines(data, work, c) for c in range(chunks)], engine, log, "lines")
+    blocks = [(str(label), int(start), int(stop)) for label, start, stop in found[0]["blocks"]]
+    for chunk, result in enumerate(found):
+        own = [(label, start, stop) for label, start, stop in result["blocks"]]
+        if own != blocks or len({label for label, _, _ in blocks}) < len(blocks):
             raise UserError(
-                f"{data.files[chunk]}: its blocks of sources are {_counts(data.rows(chunk).labels())}, those of "
+                f"{data.files[chunk]}: its blocks of sources are {_counts(own)}, those of "
                 f"{data.files[0].name} {_counts(blocks)}; every chunk must have the same, each source in one block"
             )
     if missing := [s for s in data.sources if s not in {label for label, _, _ in blocks}]:
         raise UserError(f"{data.folder}/valid/{missing[0]}.jsonl: no chunk has rows of this source; take it away")
     tasks = [_Convert(data, out, work, f"chunks/{c:03}.arrayrecord", c, 0, data.lines) for c in range(chunks)]
     names = [label for label, _, _ in blocks]
-    held = [_Convert(data, out, work, f"validation/{n}.arrayrecord", 0, 0, 1, n) for n in names if n in data.sources]
+    held = [
+        _Convert(data, out, work, f"validation/{n}.arrayrecord", 0, 0, data.validation_samples(n), n)
+        for n in names
+        if n in data.sources
+    ]
     held_files = {t.validation: FileRecord(**r) for t, r in zip(held, run_all(held, engine, log, "validation"))}
     files = [FileRecord(**r) for r in run_all(tasks, engine, log, "convert")]
     sources = []
@@ -217,7 +248,7 @@ def _empty(out: Path, name: str) -> FileRecord:
     return FileRecord.of(out, path, 0)
 
 
-def _counts(blocks: tuple[tuple[str, int, int], ...]) -> str:
+def _counts(blocks: Sequence[tuple[str, int, int]]) -> str:
     return ", ".join(f"{label}: {stop - start}" for label, start, stop in blocks)
 
 
@@ -248,7 +279,8 @@ class _ToJsonl(Task):
     @property
     def journal(self) -> Path:
         """Says that it is done, for this state of the data."""
-        return self.out / "work.part" / f"{_opened(self.root).sha256[:16]}-{self.path.name}.json"
+        name = f"{self.path.parent.name}-{self.path.name}.json"
+        return self.out / WORK / _opened(self.root).sha256[:16] / name
 
     def run(self) -> dict[str, Any]:
         """Write the lines: of a chunk, in the order of the published files, source by source, unshuffled."""
@@ -260,7 +292,9 @@ class _ToJsonl(Task):
         manifest = data.manifest
         if self.chunk is None:
             source = next(s for s in manifest.sources if s.name == self.source)
-            yield from ((row, source.label) for row in data.validation(source.name).tokens)
+            for start in range(0, source.validation, _ROWS_AT_ONCE):
+                rows = data.validation(source.name, start, start + _ROWS_AT_ONCE).tokens
+                yield from ((row, source.label) for row in rows)
             return
         layout = manifest.chunk_layout
         order = inverse(permutation(layout.samples_per_chunk, layout.seed, self.chunk)).tolist()
@@ -271,8 +305,8 @@ class _ToJsonl(Task):
 def to_jsonl(root: Path, out: Path, engine: Engine, log: Log = print) -> Path:
     """Write a data set as AmberDatasets has it, into `out/train` and `out/valid`, and return `out`.
 
-    Goes on where it was when it was killed. Raises UserError for data that is a mixture of phases: its samples have
-    masks, and in Crystal's data set they are HDF5.
+    The tokenizer, which was not published, lies beside them. Goes on where it was when it was killed. Raises UserError
+    for data that is a mixture of phases: its samples have masks, and in Crystal's data set they are HDF5.
     """
     data = ChunkedData(root)
     if data.manifest.layout != "chunks":
@@ -281,6 +315,12 @@ def to_jsonl(root: Path, out: Path, engine: Engine, log: Log = print) -> Path:
         )
     tasks = [_ToJsonl(root, out, c, None) for c in range(len(data.manifest.chunk_files))]
     tasks += [_ToJsonl(root, out, None, s.name) for s in data.manifest.sources if s.validation]
+    for task in tasks:
+        if not task.path.exists():
+            task.journal.unlink(missing_ok=True)  # done once, and taken away since
     with engine:
         run_all(tasks, engine, log, "jsonl")
+    if data.tokenizer_file:
+        with written(out / data.tokenizer_file.name) as part:
+            part.write_bytes(data.tokenizer_file.read_bytes())
     return out

@@ -37,7 +37,7 @@ from data.index import PartIndex, write_index
 from data.mixture import Mixture, Part
 from data.packing import ORDER, Layout, training_window, validation_windows, window_start, windows_in
 from data.sample import Sample
-from data.sources import OnBad, Portion, Shard, SourceSpec, listed, plan, read
+from data.sources import OnBad, Portion, ReadReport, Shard, SourceSpec, listed, plan, read
 from data.streams import Tokenise, TokenStream, loaded, part_index
 from data.tokenizer import MODEL, Tokenizer, load, train_tokenizer
 from errors import RunError, UserError
@@ -277,8 +277,9 @@ class _Stream:
     spec: SourceSpec
     tokens: TokenStream
     index: tuple[PartIndex, ...]
-    counts: dict[str, int]
-    bad_named: tuple[str, ...]
+    report: ReadReport
+    unknown: int
+    short: int  # documents that the originals' tools left out
 
 
 def _tokenise(
@@ -315,21 +316,21 @@ def _tokenise(
             have[i] += result["bytes"]
     streams = []
     for spec, found in zip(config.sources, done):
-        keys = ("documents", "tokens", "bytes", "unknown", "empty", "short", "bad")
-        counts = {key: sum(r[key] for _, r in found) for key in keys}
-        if not counts["documents"]:
-            left_out = f" ({counts['empty']} empty, {counts['bad']} bad left out)" if any(counts.values()) else ""
-            raise UserError(f"source {spec.name}: no documents in {spec.location}{left_out}")
-        named = tuple([where for _, r in found for where in r["bad_named"]][:5])
+        report = ReadReport()
+        for _, r in found:
+            report.add(ReadReport(*(r[f.name] for f in dataclasses.fields(ReadReport))))
+        report.check_found(spec)
+        more = {key: sum(r[key] for _, r in found) for key in ("tokens", "unknown", "short")}
         log(
-            f"source {spec.name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-            f"{counts['bytes'] / 1e6:.1f} MB; left out: {counts['empty']} empty, {counts['bad']} bad"
-            + (f", {counts['short']} short" if counts["short"] else "")
-            + "".join(f"\n  bad: {where}" for where in named)
+            f"source {spec.name}: {report.documents:,} documents, {more['tokens']:,} tokens, "
+            f"{report.bytes / 1e6:.1f} MB; left out: {report.empty} empty, {report.bad} bad"
+            + (f", {more['short']} short" if more["short"] else "")
+            + "".join(f"\n  bad: {where}" for where in report.bad_named)
         )
         names, sizes = [t.name for t, _ in found], [r["tokens"] for _, r in found]
         index = tuple(part_index(t, r) for t, r in found)
-        streams.append(_Stream(spec, TokenStream(work, names, sizes, dtype), index, counts, named))
+        stream = TokenStream(work, names, sizes, dtype)
+        streams.append(_Stream(spec, stream, index, report, unknown=more["unknown"], short=more["short"]))
     return streams
 
 
@@ -569,7 +570,7 @@ def _source_record(
     validation_file: FileRecord,
     index_files: tuple[FileRecord, ...],
 ) -> SourceRecord:
-    spec, counts, tokens = stream.spec, stream.counts, len(stream.tokens)
+    spec, report, tokens = stream.spec, stream.report, len(stream.tokens)
     windows, validation = windows_in(tokens, config.sequence_length, config.overlap), len(design.held_out[j])
     end = window_start(windows - 1, config.sequence_length, config.overlap) + config.sequence_length + 1
     per_chunk = design.chunks.sources[j].per_chunk if design.chunks else 0
@@ -578,13 +579,13 @@ def _source_record(
         name=spec.name,
         label=spec.published,
         location=spec.location,
-        documents=counts["documents"],
-        empty=counts["empty"] + counts["short"],
-        bad=counts["bad"],
-        bad_named=stream.bad_named,
-        bytes=counts["bytes"],
+        documents=report.documents,
+        empty=report.empty + stream.short,
+        bad=report.bad,
+        bad_named=tuple(report.bad_named),
+        bytes=report.bytes,
         tokens=tokens,
-        unknown=counts["unknown"],
+        unknown=stream.unknown,
         windows=windows,
         validation=validation,
         per_chunk=per_chunk,

@@ -242,6 +242,7 @@ class PublishedAmber:
         # Caches of this object, not of the class: files close with the last object that uses them.
         self._open = lru_cache(_OPEN_CHUNKS)(self._open_chunk)
         self._order = lru_cache(_OPEN_CHUNKS)(self._chunk_order)
+        self._open_valid = lru_cache(_OPEN_CHUNKS)(lambda source: self._rows(self._valid[source]))
         self.lines = len(self._rows(self.files[0])) if lines is None else lines
         if self.lines < 1:
             raise UserError(f"{self.files[0]}: has no lines; fetch it again")
@@ -291,11 +292,18 @@ class PublishedAmber:
         """Return one sample, arrays of [S]; RunError names file and line of a defect."""
         return Sample.of_tokens(self.rows(chunk).row(self._line(chunk, position))[0])
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
-        """Return samples start .. stop-1 of `valid/SOURCE.jsonl`, arrays of [V, S]; errors as in `sample`."""
+    def validation_samples(self, source: str) -> int:
+        """Return the number of lines in `valid/SOURCE.jsonl`."""
+        return len(self._valid_rows(source))
+
+    def _valid_rows(self, source: str) -> JsonlRows:
         if source not in self._valid:
             raise UserError(f"{self.folder} has no validation source {source!r}; it has {_listed(self.sources)}")
-        rows = self._rows(self._valid[source])
+        return self._open_valid(source)
+
+    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+        """Return samples start .. stop-1 of `valid/SOURCE.jsonl`, arrays of [V, S]; errors as in `sample`."""
+        rows = self._valid_rows(source)
         ids = [rows.row(i)[0] for i in range(len(rows))[start:stop]]
         return Sample.of_tokens(np.array(ids, np.int32).reshape(len(ids), self.sequence_length + 1))
 
@@ -479,6 +487,8 @@ class PublishedCrystal:
         self._slots = lru_cache(_OPEN_BLOCKS)(self._block)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        for mixture in self.mixtures:
+            mixture.at(0)  # makes its table, which travels with it: it costs seconds at real size
         make = partial(PublishedCrystal, known=self._known)
         values = (self._parts, self._phase_samples, self.sequence_length, self.vocab_size, self.seed)
         return make, (self.folder, *values)

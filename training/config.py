@@ -51,9 +51,13 @@ class DataConfig:
     """Sources whose documents begin with `<s>` (fact sheet 3.5)."""
     workers: int = 0
     """Loader processes; does not change what is read."""
+    validation_read: int | None = None
+    """Of each source's validation samples, so many are read at each series checkpoint, from the first; None = all."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "sequence_length", "chunks", "samples_per_chunk", "file_samples"):
+        for name in (
+            "global_batch", "sequence_length", "chunks", "samples_per_chunk", "file_samples", "validation_read",
+        ):  # fmt: skip
             at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("validation_per_source", "overlap", "workers"):
             at_least(f"data.{name}", getattr(self, name), 0)
@@ -428,7 +432,7 @@ def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:
 
 #: May change between a run's interruption and its resumption.
 FREE = ("mesh", "execution.gather", "execution.remat", "execution.loss_chunks", "execution.microbatches",
-        "data.workers", "series.rolling_every_steps")  # fmt: skip
+        "data.workers", "data.validation_read", "series.rolling_every_steps")  # fmt: skip
 
 
 def _essential(config: RunConfig) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Program:
         return result
 
     def validate(self, params: Any, data: TokenData) -> dict[str, float]:
-        """Mean loss over every source's validation samples, and over all of them as ``loss``."""
+        """Mean loss over each source's validation samples (`DataConfig.validation_read` of them), and over all."""
         sums, weights = {}, {}
         for source in data.sources:
             totals = self._totals(params, data, source)
@@ -102,9 +102,10 @@ class Program:
         Two batches are in memory at a time: Amber holds out 102,400 samples of each source, which are gigabytes.
         """
         totals: list[Any] = []
-        rows = self.config.data.global_batch
+        rows, limit = self.config.data.global_batch, self.config.data.validation_read
         for start in itertools.count(0, rows):
-            samples = data.validation(source, start, start + rows)
+            stop = start + rows if limit is None else min(start + rows, max(start, limit))
+            samples = data.validation(source, start, stop)
             if not len(samples.inputs):
                 return totals
             totals.append(self.eval_step(params, self._batch(samples)))

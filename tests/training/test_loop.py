@@ -30,6 +30,7 @@ from training import loop
 from training.config import Family, PhaseConfig
 from training.metrics import read_lines
 from training.optimizer import AdamWConfig
+from training.step import make_eval_step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAMILIES = {"amber": Family(AmberConfig, AdamWConfig)}
@@ -334,9 +335,24 @@ def test_validation_loss_by_source(tiny, tmp_path):
         for d in (run, resumed)
     ]
     assert timeless[0] == timeless[1], "every logged loss, validation included, also across an interruption"
+    _the_first_samples_are_read(config.resolve(data), data)
     shutil.rmtree(data_dir / "chunks")
     with pytest.raises(RunError, match=r"chunks/000.arrayrecord"):
         train(config, run, ChunkedData(data_dir))
+
+
+def _the_first_samples_are_read(config, data):
+    """`validation_read` says how many; also over the border of a batch."""
+    mesh = config.mesh.build()
+    plan = loop.Program.plan(config, mesh)
+    plan = dataclasses.replace(plan, eval_step=make_eval_step(config.model, config.execution.region, mesh))
+    params = plan.init().params
+    for limit in (1, 3, 5, 99):
+        some = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_read=limit))
+        found = dataclasses.replace(plan, config=some).validate(params, data)["loss"]
+        samples = data.validation("syllables", 0, limit)
+        expected = plan.eval_step(params, plan._batch(samples))
+        assert found == pytest.approx(float(expected["loss_sum"] / expected["weight"]), rel=1e-6)
 
 
 def test_a_step_that_is_past_is_refused_before_anything_is_compiled(reference, monkeypatch):
