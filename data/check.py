@@ -7,6 +7,7 @@ of each source and chunk, and looks for documents that occur twice. Of a file, s
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,14 +90,14 @@ class Duplicates:
 def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> tuple[dict[str, Any], list[str]]:
     """Return (statistics, problems) of a data set, and write the statistics to DATA/statistics.json if there are none.
 
-    Problems are sentences that name file and position. Raises UserError when there is no manifest to compare with.
+    Problems are sentences that name file and position. Raises UserError when there is no manifest to compare with,
+    RunError when the folder cannot be written.
     """
     root = Path(root)
     manifest = DataManifest.load(root)
     tokenizer = _tokenizer(root, manifest)
     problems = [tokenizer] if isinstance(tokenizer, str) else []
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=root) as folder, engine:
-        journals = Path(folder)
+    with _journals(root) as journals, engine:
         files = [_File(root, journals, f, c, None) for c, f in enumerate(manifest.chunk_files)]
         files += [_File(root, journals, s.validation_file, None, j) for j, s in enumerate(manifest.sources)]
         results = run_all(files, engine, log, "check")
@@ -113,6 +114,17 @@ def check(root: Path, engine: Engine, log: Callable[[str], object] = print) -> t
         with written(root / STATISTICS) as part:
             part.write_text(json.dumps(statistics, indent=1) + "\n")
     return statistics, problems
+
+
+@contextmanager
+def _journals(root: Path) -> Iterator[Path]:
+    """Yield a folder, below the data since every worker reaches that, which goes with this call of `check`."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".check-", dir=root.absolute())
+    except OSError as error:
+        raise RunError(f"{root}: cannot be written ({error.strerror}); allow it, or free space") from error
+    with folder as name:
+        yield Path(name)
 
 
 @lru_cache(maxsize=1)

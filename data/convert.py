@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -30,7 +33,6 @@ from data.loader import ChunkedData
 from data.mixture import Part
 from data.packing import ORDER, inverse, permutation
 from data.published import PublishedAmber, PublishedCrystal, write_published_chunk
-from data.sample import Sample
 from data.tokenizer import load
 from errors import UserError
 
@@ -38,25 +40,38 @@ Published = PublishedAmber | PublishedCrystal
 Log = Callable[[str], object]
 
 _ROWS_AT_ONCE = 256  # of validation samples
+_BLOCKS = 1000  # of sources in a file are looked at: Amber's files have seven
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path) -> Published:
+    with open(path, "rb") as file:
+        return pickle.load(file)  # written by `_share`, in its own work folder
+
+
+def _share(data: Published, work: Path) -> Path:
+    """Write the data set, with all that is known of it, for the tasks to read: once, not in each of thousands."""
+    path = work / f"published-{uuid4().hex}.pickle"  # a name of its own: processes keep what they have read
+    with written(path) as part:
+        part.write_bytes(pickle.dumps(data))
+    return path
 
 
 @dataclass(frozen=True)
 class _Convert(Task):
-    """Write samples start..stop-1 of a published chunk, or a source's validation samples, as one record file."""
+    """Write samples start..stop-1 of a published chunk as one record file."""
 
-    data: Published
+    data: Path
     out: Path
-    work: Path
     file: str
     chunk: int  # of the published data
     start: int
     stop: int
-    validation: str | None = None
 
     @property
     def journal(self) -> Path:
         """Says that it is done."""
-        return self.work / (self.file.replace("/", "-") + ".json")
+        return self.data.parent / f"{self.file.replace('/', '-')}.json"
 
     @property
     def weight(self) -> int:
@@ -65,35 +80,57 @@ class _Convert(Task):
 
     def run(self) -> dict[str, Any]:
         """Write the file, every row of it checked by the reader, and return its record."""
-        dtype, path = token_dtype(self.data.vocab_size), self.out / self.file
-        write_records(path, (encode(s, dtype) for s in self._samples()))
+        data, path = _read(self.data), self.out / self.file
+        samples = (data.sample(self.chunk, p) for p in range(self.start, self.stop))
+        write_records(path, (encode(s, token_dtype(data.vocab_size)) for s in samples))
         return dataclasses.asdict(FileRecord.of(self.out, path, self.stop - self.start))
 
-    def _samples(self) -> Iterator[Sample]:
-        for p in range(self.start, self.stop):
-            if self.validation is None:
-                yield self.data.sample(self.chunk, p)
-            else:
-                yield Sample(*(values[0] for values in self.data.validation(self.validation, p, p + 1)))
+
+@dataclass(frozen=True)
+class _ConvertValidation(Task):
+    """Write a source's validation samples as one record file."""
+
+    data: Path
+    out: Path
+    source: str
+
+    @property
+    def journal(self) -> Path:
+        """Says that it is done."""
+        return self.data.parent / f"validation-{self.source}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Write the file, every row of it checked by the reader, and return its record."""
+        data, path = _read(self.data), _validation_path(self.out, self.source)
+        rows = data.validation_rows(self.source)
+        records = (rows.row(i)[0].astype(token_dtype(data.vocab_size)).tobytes() for i in range(len(rows)))
+        write_records(path, records)
+        return dataclasses.asdict(FileRecord.of(self.out, path, len(rows)))
 
 
 @dataclass(frozen=True)
 class _Lines(Task):
     """Find the lines of one of Amber's files, and the blocks of sources in it: reads all of it once."""
 
-    data: PublishedAmber
-    work: Path
+    data: Path
     chunk: int
+    bytes: int
 
     @property
     def journal(self) -> Path:
         """Says that it is done."""
-        return self.work / f"lines-{self.chunk:03}.json"
+        return self.data.parent / f"lines-{self.chunk:03}.json"
+
+    @property
+    def weight(self) -> int:
+        """Bytes to read."""
+        return self.bytes
 
     def run(self) -> dict[str, Any]:
-        """Return the blocks; the reader keeps the lines beside the file."""
-        path = self.data.files[self.chunk]
-        return {"blocks": self.data.rows(self.chunk).labels(), "bytes": path.stat().st_size}
+        """Return the number of lines and the first blocks; the reader keeps the lines beside the file."""
+        data = _read(self.data)
+        rows = data.open(data.files[self.chunk])
+        return {"lines": len(rows), "blocks": rows.labels()[:_BLOCKS], "bytes": self.bytes}
 
 
 def from_published(
@@ -149,26 +186,24 @@ def from_published(
 
 def _amber(data: PublishedAmber, out: Path, work: Path, engine: Engine, log: Log) -> dict[str, Any]:
     """Convert, and return the manifest's fields: a source for every label."""
-    chunks = len(data.files)
-    found = run_all([_Lines(data, work, c) for c in range(chunks)], engine, log, "lines")
-    blocks = [(str(label), int(start), int(stop)) for label, start, stop in found[0]["blocks"]]
-    for chunk, result in enumerate(found):
-        own = [(label, start, stop) for label, start, stop in result["blocks"]]
-        if own != blocks or len({label for label, _, _ in blocks}) < len(blocks):
-            raise UserError(
-                f"{data.files[chunk]}: its blocks of sources are {_counts(own)}, those of "
-                f"{data.files[0].name} {_counts(blocks)}; every chunk must have the same, each source in one block"
-            )
-    if missing := [s for s in data.sources if s not in {label for label, _, _ in blocks}]:
-        raise UserError(f"{data.folder}/valid/{missing[0]}.jsonl: no chunk has rows of this source; take it away")
-    tasks = [_Convert(data, out, work, f"chunks/{c:03}.arrayrecord", c, 0, data.lines) for c in range(chunks)]
+    chunks, shared = len(data.files), _share(data, work)
+    lines = [_Lines(shared, c, path.stat().st_size) for c, path in enumerate(data.files)]
+    found = run_all(lines, engine, log, "lines")
+    data.count(r["lines"] for r in found)
+    blocks = found[0]["blocks"]
     names = [label for label, _, _ in blocks]
-    held = [
-        _Convert(data, out, work, f"validation/{n}.arrayrecord", 0, 0, data.validation_samples(n), n)
-        for n in names
-        if n in data.sources
-    ]
-    held_files = {t.validation: FileRecord(**r) for t, r in zip(held, run_all(held, engine, log, "validation"))}
+    for path, result in zip(data.files, found):
+        if result["blocks"] != blocks or len(set(names)) < len(names) or blocks[-1][2] < data.lines:
+            raise UserError(
+                f"{path}: its blocks of sources are {_counts(result['blocks'])}, those of {data.files[0].name} "
+                f"{_counts(blocks)}; every chunk must have the same, each source in one block"
+            )
+    if missing := [s for s in data.sources if s not in names]:
+        raise UserError(f"{data.folder}/valid/{missing[0]}.jsonl: no chunk has rows of this source; take it away")
+    shared = _share(data, work)  # which now knows how many lines there are
+    held = [_ConvertValidation(shared, out, name) for name in names if name in data.sources]
+    held_files = {t.source: FileRecord(**r) for t, r in zip(held, run_all(held, engine, log, "validation"))}
+    tasks = [_Convert(shared, out, f"chunks/{c:03}.arrayrecord", c, 0, data.lines) for c in range(chunks)]
     files = [FileRecord(**r) for r in run_all(tasks, engine, log, "convert")]
     sources = []
     for name, start, stop in blocks:
@@ -191,13 +226,14 @@ def _crystal(
     data: PublishedCrystal, out: Path, work: Path, samples_per_chunk: int, engine: Engine, log: Log
 ) -> dict[str, Any]:
     """Convert, and return the manifest's fields: a source for every part of every phase."""
+    shared = _share(data, work)
     tasks: list[_Convert] = []
     phases, sources = [], []
     owner: list[int] = []
     for n, mixture in enumerate(data.mixtures):
         for start in range(0, mixture.samples, samples_per_chunk):
             stop = min(start + samples_per_chunk, mixture.samples)
-            tasks.append(_Convert(data, out, work, f"chunks/{len(tasks):03}.arrayrecord", n, start, stop))
+            tasks.append(_Convert(shared, out, f"chunks/{len(tasks):03}.arrayrecord", n, start, stop))
             owner.append(n)
     files = [FileRecord(**r) for r in run_all(tasks, engine, log, "convert")]
     for n, mixture in enumerate(data.mixtures):
@@ -243,9 +279,13 @@ def _source(
 
 def _empty(out: Path, name: str) -> FileRecord:
     """The record file of a source without validation samples."""
-    path = out / "validation" / f"{name}.arrayrecord"
+    path = _validation_path(out, name)
     write_records(path, ())
     return FileRecord.of(out, path, 0)
+
+
+def _validation_path(out: Path, name: str) -> Path:
+    return out / "validation" / f"{name}.arrayrecord"
 
 
 def _counts(blocks: Sequence[tuple[str, int, int]]) -> str:
@@ -256,7 +296,8 @@ def _counts(blocks: Sequence[tuple[str, int, int]]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _opened(root: Path) -> ChunkedData:
+def _opened(root: Path, sha256: str) -> ChunkedData:
+    """Open a data set; `sha256` tells it from another that was in its place before."""
     return ChunkedData(root)
 
 
@@ -265,6 +306,7 @@ class _ToJsonl(Task):
     """Write one chunk, or a source's validation samples, as published lines."""
 
     root: Path
+    sha256: str  # of the manifest
     out: Path
     chunk: int | None
     source: str | None
@@ -280,11 +322,11 @@ class _ToJsonl(Task):
     def journal(self) -> Path:
         """Says that it is done, for this state of the data."""
         name = f"{self.path.parent.name}-{self.path.name}.json"
-        return self.out / WORK / _opened(self.root).sha256[:16] / name
+        return self.out / WORK / self.sha256[:16] / name
 
     def run(self) -> dict[str, Any]:
         """Write the lines: of a chunk, in the order of the published files, source by source, unshuffled."""
-        data = _opened(self.root)
+        data = _opened(self.root, self.sha256)
         write_published_chunk(self.path, self._rows(data))
         return {"bytes": self.path.stat().st_size}
 
@@ -305,7 +347,8 @@ class _ToJsonl(Task):
 def to_jsonl(root: Path, out: Path, engine: Engine, log: Log = print) -> Path:
     """Write a data set as AmberDatasets has it, into `out/train` and `out/valid`, and return `out`.
 
-    The tokenizer, which was not published, lies beside them. Goes on where it was when it was killed. Raises UserError
+    The tokenizer, which was not published, lies beside them. Goes on where it was when it was killed; what is complete
+    is written again. Raises UserError
     for data that is a mixture of phases: its samples have masks, and in Crystal's data set they are HDF5.
     """
     data = ChunkedData(root)
@@ -313,8 +356,10 @@ def to_jsonl(root: Path, out: Path, engine: Engine, log: Log = print) -> Path:
         raise UserError(
             f"{root}: prepared as mixtures of phases, which have no published JSONL form; use amber's layout"
         )
-    tasks = [_ToJsonl(root, out, c, None) for c in range(len(data.manifest.chunk_files))]
-    tasks += [_ToJsonl(root, out, None, s.name) for s in data.manifest.sources if s.validation]
+    tasks = [_ToJsonl(root, data.sha256, out, c, None) for c in range(len(data.manifest.chunk_files))]
+    tasks += [_ToJsonl(root, data.sha256, out, None, s.name) for s in data.manifest.sources if s.validation]
+    for torn in out.glob("*/*.part"):  # what a kill left half written
+        torn.unlink()
     for task in tasks:
         if not task.path.exists():
             task.journal.unlink(missing_ok=True)  # done once, and taken away since
@@ -323,4 +368,5 @@ def to_jsonl(root: Path, out: Path, engine: Engine, log: Log = print) -> Path:
     if data.tokenizer_file:
         with written(out / data.tokenizer_file.name) as part:
             part.write_bytes(data.tokenizer_file.read_bytes())
+    shutil.rmtree(out / WORK)
     return out

@@ -78,18 +78,18 @@ class JsonlRows:
     """The lines of one JSONL file, read in any order and by any number of threads.
 
     `tokens` is S+1. The first use reads the whole file once to find its lines. What it finds is kept in the folder
-    `index` (default: `.llm360-index` beside the file) and used again while the file's size and time of change are the
-    same; where that folder cannot be written it is kept in memory. Raises RunError when the file cannot be read.
+    `.llm360-index` beside the file and used again while the file's size and time of change are the same; where that
+    folder cannot be written it is kept in memory. Raises RunError when the file cannot be read.
     """
 
-    def __init__(self, path: str | Path, tokens: int, vocab_size: int, *, index: str | Path | None = None):
+    def __init__(self, path: str | Path, tokens: int, vocab_size: int):
         self.path = Path(path)
         self._tokens, self._vocab_size = tokens, vocab_size
         try:
             # A bare descriptor, for pread: threads then need not share a position in the file.
             self._file = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
-            self._lines = _line_index(self.path, Path(index) if index else self.path.parent / _INDEX_FOLDER)
+            self._lines = _line_index(self.path)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be read ({error.strerror}); restore it") from error
 
@@ -149,12 +149,13 @@ class _LineIndex(NamedTuple):
     labels: tuple[tuple[str, int, int], ...]
 
 
-def _line_index(path: Path, folder: Path) -> _LineIndex:
-    """Return the index of a file: the one kept in `folder` if it fits, else a new one, which is kept if it can be.
+def _line_index(path: Path) -> _LineIndex:
+    """Return the index of a file: the one that is kept if it fits, else a new one, which is kept if it can be.
 
     It is one .npy of uint64: format, size and ns of change of the file, words of labels; labels as JSON; offsets.
     """
-    kept, stat = folder / f"{path.stem}.npy", path.stat()
+    folder, stat = path.parent / _INDEX_FOLDER, path.stat()
+    kept = folder / f"{path.stem}.npy"
     header = [_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns]
     with suppress(OSError, ValueError, EOFError):  # missing or damaged: made again
         words = np.load(kept, mmap_mode="r")
@@ -217,43 +218,55 @@ class PublishedAmber:
     Chunk c is the c-th file by its number. The files hold blocks by source, so a chunk is read in the order of
     `packing.permutation`: position p is line permutation(lines, seed, c)[p], from 0.
 
-    All files must have the same number of lines. To know it, each file without an index is read once, here, which
-    takes the time that reading the whole data set takes; where `lines` is given, a file is read when it is first
-    needed and checked then. `index` is a folder for the indexes (see `JsonlRows`) of data that cannot be written to.
-    Raises UserError for files that are no such set.
+    All files must have the same number of lines. Where `lines` is not given, the first need of it reads each file that
+    has no index once, which takes the time that reading the whole data set takes (or see `count`); where it is given, a
+    file is read when it is first needed and checked then. Raises UserError for files that are no such set.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        sequence_length: int,
-        vocab_size: int,
-        seed: int,
-        *,
-        index: str | Path | None = None,
-        lines: int | None = None,
+        self, folder: str | Path, sequence_length: int, vocab_size: int, seed: int, *, lines: int | None = None
     ):
         self.folder, self.sequence_length, self.vocab_size, self.seed = Path(folder), sequence_length, vocab_size, seed
         self.files = _numbered(self.folder)
-        self._index = index
         self._valid = {path.stem: path for path in sorted((self.folder / "valid").glob("*.jsonl"))}
         self._sizes = _sizes([*self.files, *self._valid.values()])
+        self._known_lines = lines
         self._lock = threading.Lock()  # two threads of a reader must not both look for the lines of the next chunk
         # Caches of this object, not of the class: files close with the last object that uses them.
         self._open = lru_cache(_OPEN_CHUNKS)(self._open_chunk)
         self._order = lru_cache(_OPEN_CHUNKS)(self._chunk_order)
-        self._open_valid = lru_cache(_OPEN_CHUNKS)(lambda source: self._rows(self._valid[source]))
-        self.lines = len(self._rows(self.files[0])) if lines is None else lines
-        if self.lines < 1:
-            raise UserError(f"{self.files[0]}: has no lines; fetch it again")
-        if lines is None:
-            for chunk in range(1, len(self.files)):
-                self._open_chunk(chunk)  # and close it: its index is kept
+        self._open_valid = lru_cache(_OPEN_CHUNKS)(lambda source: self.open(self._valid[source]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Reading workers open files of their own, and do not count again.
-        make = partial(PublishedAmber, index=self._index, lines=self.lines)
+        make = partial(PublishedAmber, lines=self._known_lines)
         return make, (self.folder, self.sequence_length, self.vocab_size, self.seed)
+
+    @property
+    def lines(self) -> int:
+        """Lines of each file; UserError when they have not all the same number, or none."""
+        if self._known_lines is None:
+            self.count(len(self.open(path)) for path in self.files)
+        assert self._known_lines is not None
+        return self._known_lines
+
+    def count(self, lines: Iterable[int]) -> None:
+        """Take over the number of lines of each file, in order, found elsewhere; UserError as in `lines`."""
+        known = self._known_lines
+        for path, found in zip(self.files, lines, strict=True):
+            known = found if known is None else known
+            self._check_length(path, found, known)
+        self._known_lines = known
+
+    def _check_length(self, path: Path, found: int, expected: int) -> None:
+        if not found:
+            raise UserError(f"{path}: has no lines; fetch it again")
+        if found != expected:
+            like = f" as {self.files[0]}" if path != self.files[0] else ""
+            raise UserError(
+                f"{path} has {found:,} lines, not {expected:,}{like}; the chunks of a data set are equally long: "
+                "fetch the file again, or leave it out"
+            )
 
     @property
     def phases(self) -> tuple[PhaseSamples, ...]:
@@ -292,18 +305,15 @@ class PublishedAmber:
         """Return one sample, arrays of [S]; RunError names file and line of a defect."""
         return Sample.of_tokens(self.rows(chunk).row(self._line(chunk, position))[0])
 
-    def validation_samples(self, source: str) -> int:
-        """Return the number of lines in `valid/SOURCE.jsonl`."""
-        return len(self._valid_rows(source))
-
-    def _valid_rows(self, source: str) -> JsonlRows:
+    def validation_rows(self, source: str) -> JsonlRows:
+        """Return the lines of `valid/SOURCE.jsonl`; UserError when there is no such file."""
         if source not in self._valid:
             raise UserError(f"{self.folder} has no validation source {source!r}; it has {_listed(self.sources)}")
         return self._open_valid(source)
 
     def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
         """Return samples start .. stop-1 of `valid/SOURCE.jsonl`, arrays of [V, S]; errors as in `sample`."""
-        rows = self._valid_rows(source)
+        rows = self.validation_rows(source)
         ids = [rows.row(i)[0] for i in range(len(rows))[start:stop]]
         return Sample.of_tokens(np.array(ids, np.int32).reshape(len(ids), self.sequence_length + 1))
 
@@ -315,16 +325,6 @@ class PublishedAmber:
         """Return the file name and the line, from 1, that is read at a position."""
         return self.rows(chunk).path.name, self._line(chunk, position) + 1
 
-    def find(self, file: str, line: int) -> tuple[int, int]:
-        """Return the (chunk, position) where a line, from 1, of a file is read: the inverse of `place`."""
-        names = [path.name for path in self.files]
-        if file not in names:
-            raise UserError(f"{self.folder} has no chunk file {file!r}, only {names[0]} to {names[-1]}")
-        if not 1 <= line <= self.lines:
-            raise UserError(f"{file} has no line {line}, only 1..{self.lines}")
-        chunk = names.index(file)
-        return chunk, int(np.flatnonzero(self._order(chunk) == line - 1)[0])
-
     def _line(self, chunk: int, position: int) -> int:
         if not 0 <= position < self.lines:
             raise IndexError(f"position {position} is outside 0..{self.lines - 1}")
@@ -334,17 +334,13 @@ class PublishedAmber:
         return permutation(self.lines, self.seed, chunk)
 
     def _open_chunk(self, chunk: int) -> JsonlRows:
-        rows = self._rows(self.files[chunk])
-        if len(rows) != self.lines:
-            expected = f"{self.lines:,}" + (f" as {self.files[0]}" if chunk else "")
-            raise UserError(
-                f"{rows.path} has {len(rows):,} lines, not {expected}; the chunks of a data set are equally long: "
-                "fetch the file again, or leave it out"
-            )
+        rows = self.open(self.files[chunk])
+        self._check_length(rows.path, len(rows), self.lines)
         return rows
 
-    def _rows(self, path: Path) -> JsonlRows:
-        return JsonlRows(path, self.sequence_length + 1, self.vocab_size, index=self._index)
+    def open(self, path: Path) -> JsonlRows:
+        """Return the lines of one of the files, however many they are."""
+        return JsonlRows(path, self.sequence_length + 1, self.vocab_size)
 
 
 class Hdf5Rows:
@@ -399,13 +395,6 @@ class Hdf5Rows:
             raise IndexError(f"row {i} is outside 0..{len(self) - 1}")
         file = bisect_right(self._ends, i)
         return self.paths[file], i - (self._ends[file] - self.counts[file])
-
-    def find(self, path: Path, row: int) -> int:
-        """Return which row of all a row of a file is: the inverse of `place`; UserError when there is none."""
-        file = self.paths.index(path)
-        if not 0 <= row < self.counts[file]:
-            raise UserError(f"{path} has no row {row}, only 0..{self.counts[file] - 1}")
-        return self._ends[file] - self.counts[file] + row
 
     def _count(self, path: Path) -> int:
         with self._file(path) as file:
@@ -488,7 +477,8 @@ class PublishedCrystal:
 
     def __reduce__(self) -> tuple[Any, ...]:
         for mixture in self.mixtures:
-            mixture.at(0)  # makes its table, which travels with it: it costs seconds at real size
+            # Makes the table of every epoch that the phase begins: they travel too, and cost seconds at real size.
+            mixture.at(np.arange(0, mixture.samples, mixture.epoch))
         make = partial(PublishedCrystal, known=self._known)
         values = (self._parts, self._phase_samples, self.sequence_length, self.vocab_size, self.seed)
         return make, (self.folder, *values)
@@ -558,21 +548,6 @@ class PublishedCrystal:
         """Return the files of a part of a phase, (path below the folder, rows), in the order in which they are read."""
         rows = self._rows[phase][part]
         return [(path.relative_to(self.folder).as_posix(), n) for path, n in zip(rows.paths, rows.counts)]
-
-    def find(self, file: str, row: int) -> list[tuple[int, int]]:
-        """Return every (chunk, position), sorted, where a row of a file is read: the inverse of `place`.
-
-        A part may be read in part, or several times over: the list may be empty, or long.
-        """
-        path, found, known = self.folder / file, [], False
-        for chunk, (mixture, of_part) in enumerate(zip(self.mixtures, self._rows)):
-            for part, rows in enumerate(of_part):
-                if path in rows.paths:
-                    known = True
-                    found += [(chunk, slot) for slot in mixture.slots_of(part, rows.find(path, row))]
-        if not known:
-            raise UserError(f"no phase of {self.folder} reads a file {file!r}; name it as `place` does")
-        return sorted(found)
 
     def _slot(self, chunk: int, position: int) -> tuple[int, int]:
         """The part and its row that a slot of a phase reads."""

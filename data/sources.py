@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any, Literal, NamedTuple
@@ -245,27 +245,9 @@ def read_shard(
     Raises RunError, whatever on_bad is, where another attempt may end otherwise: a file that is no longer what it was
     when planned, or a remote file system that fails.
     """
-    return _documents(shard.spec, _records(shard), on_bad, max_bytes, ReadReport() if report is None else report)
-
-
-def read(
-    spec: SourceSpec, on_bad: OnBad = "fail", max_bytes: int | None = None, report: ReadReport | None = None
-) -> Iterator[Document]:
-    """Yield the documents of a source: those of all its shards, one after another.
-
-    As `read_shard`, with max_bytes for the whole source; a source without any document raises UserError.
-    """
     report = ReadReport() if report is None else report
-    shards = plan(spec, shard_bytes=sys.maxsize)  # a single pass: nothing needs to be cut
-    yield from _documents(spec, chain.from_iterable(map(_records, shards)), on_bad, max_bytes, report)
-    report.check_found(spec)
-
-
-def _documents(
-    spec: SourceSpec, records: Iterable[Document | Bad], on_bad: OnBad, max_bytes: int | None, report: ReadReport
-) -> Iterator[Document]:
     total = 0
-    for record in records:
+    for record in _records(shard):
         size = -1
         if isinstance(record, Document):
             try:
@@ -274,7 +256,7 @@ def _documents(
                 record = Bad(record.id, "the text holds a lone surrogate, which UTF-8 cannot encode")
         if isinstance(record, Bad):
             if on_bad == "fail":
-                raise UserError(f"source {spec.name}: {record}; repair it, or leave it out with --on-bad skip")
+                raise UserError(f"source {shard.spec.name}: {record}; repair it, or leave it out with --on-bad skip")
             report.bad += 1
             if len(report.bad_named) < _BAD_NAMED:
                 report.bad_named.append(str(record))
@@ -287,6 +269,19 @@ def _documents(
             yield record
             if max_bytes is not None and total >= max_bytes:
                 return
+
+
+def read(
+    spec: SourceSpec, on_bad: OnBad = "fail", max_bytes: int | None = None, report: ReadReport | None = None
+) -> Iterator[Document]:
+    """Yield the documents of a source: those of all its shards, one after another.
+
+    As `read_shard`, with max_bytes for the whole source; a source without any document raises UserError.
+    """
+    report = ReadReport() if report is None else report
+    (shard,) = plan(spec, shard_bytes=sys.maxsize)  # a single pass: nothing needs to be cut
+    yield from read_shard(shard, on_bad, max_bytes, report)
+    report.check_found(spec)
 
 
 # Listing. Both listings give (name below the root, what opens it, size).
@@ -469,17 +464,12 @@ def _cut_json_lines(spec: SourceSpec, files: list[Portion], shard_bytes: int, ru
 def _count_line_starts(task: tuple[SourceSpec, Portion]) -> int | None:
     """Return how many lines start in a range: at the file's first byte, and after newlines. None: unreadable."""
     spec, portion = task
-    at = max(portion.start - 1, 0)
-    lines = int(portion.start == 0)
+    before = _blocks(spec, portion, max(portion.start - 1, 0), portion.stop - 1)
     try:
-        for block in _blocks(spec, portion, at):
-            lines += block.count(b"\n", 0, portion.stop - 1 - at)
-            at += len(block)
-            if at >= portion.stop - 1:
-                break
+        newlines = sum(block.count(b"\n") for block in before)
     except OSError:
         return None
-    return lines
+    return newlines + (portion.start == 0)
 
 
 def _cut_parquet(spec: SourceSpec, files: list[Portion], shard_bytes: int, run: Run) -> dict[str, _Weighted]:
@@ -711,7 +701,7 @@ def _failed(where: str, error: Exception) -> RunError:
 def _open(spec: SourceSpec, portion: Portion) -> IO[bytes] | _RemoteFile:
     """Open a portion's file. Raises OSError if it cannot be read, RunError if it is not as it was when planned."""
     try:
-        file = _open_remote(spec, portion) if _is_remote(spec) else _open_local(portion)
+        file = _open_remote(spec, portion) if _is_remote(spec) else open(portion.path, "rb")
     except FileNotFoundError as error:
         if portion.size == _UNKNOWN:
             raise
@@ -721,10 +711,6 @@ def _open(spec: SourceSpec, portion: Portion) -> IO[bytes] | _RemoteFile:
         raise _changed(spec, portion, f"has {size:,} bytes")
     file.seek(0)
     return file
-
-
-def _open_local(portion: Portion) -> IO[bytes]:
-    return open(portion.path, "rb")
 
 
 def _open_remote(spec: SourceSpec, portion: Portion) -> _RemoteFile:
@@ -747,12 +733,13 @@ def _changed(spec: SourceSpec, portion: Portion, now: str) -> RunError:
     )
 
 
-def _blocks(spec: SourceSpec, portion: Portion, start: int = 0) -> Iterator[bytes]:
-    """Yield the bytes of a portion's file, from start to its end."""
+def _blocks(spec: SourceSpec, portion: Portion, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a portion's file from start up to stop, or to its end."""
+    stop = portion.size if stop is None else stop
     with _open(spec, portion) as file:
         file.seek(start)
-        while start < portion.size:
-            block = file.read(min(_BLOCK, portion.size - start))
+        while start < stop:
+            block = file.read(min(_BLOCK, stop - start))
             if not block:
                 raise _changed(spec, portion, f"ends after {start:,}")
             start += len(block)
@@ -799,15 +786,13 @@ def _portion_lines(spec: SourceSpec, portion: Portion) -> Iterator[bytes]:
 
 def _first_line_start(spec: SourceSpec, portion: Portion) -> int | None:
     """Return where the first line of a range starts; a range inside one long line has none."""
-    at = portion.start - 1
-    if at < 0:
+    at = portion.start
+    if at == 0:
         return 0
-    for block in _blocks(spec, portion, at):
-        if (found := block.find(b"\n", 0, portion.stop - 1 - at)) >= 0:
-            return at + found + 1
+    for block in _blocks(spec, portion, at - 1, portion.stop - 1):
+        if (found := block.find(b"\n")) >= 0:
+            return at + found
         at += len(block)
-        if at >= portion.stop - 1:
-            break
     return None
 
 
