@@ -44,7 +44,7 @@ _BLOCKS = 1000  # of sources in a file are looked at: Amber's files have seven
 
 
 @lru_cache(maxsize=1)
-def _read(path: Path) -> Published:
+def _read(path: Path) -> Any:
     with open(path, "rb") as file:
         return pickle.load(file)  # written by `_share`, in its own work folder
 

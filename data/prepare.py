@@ -422,7 +422,7 @@ def _design(config: PrepareConfig, streams: Sequence[_Stream], tokenizer: Path) 
         for n, p in enumerate(config.phases)
     )
     for mixture in phases:
-        mixture.at(0)  # makes its table here, once: the workers get it too
+        mixture.at(np.arange(0, mixture.samples, mixture.epoch))  # makes its tables here, once, for all workers
     per_chunk = tuple(
         p.samples_per_chunk or -(-mixture.samples // (p.chunks or 1)) for p, mixture in zip(config.phases, phases)
     )

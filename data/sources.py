@@ -701,7 +701,7 @@ def _failed(where: str, error: Exception) -> RunError:
 def _open(spec: SourceSpec, portion: Portion) -> IO[bytes] | _RemoteFile:
     """Open a portion's file. Raises OSError if it cannot be read, RunError if it is not as it was when planned."""
     try:
-        file = _open_remote(spec, portion) if _is_remote(spec) else open(portion.path, "rb")
+        file = _open_remote(spec, portion) if _is_remote(spec) else _open_local(portion)
     except FileNotFoundError as error:
         if portion.size == _UNKNOWN:
             raise
@@ -711,6 +711,10 @@ def _open(spec: SourceSpec, portion: Portion) -> IO[bytes] | _RemoteFile:
         raise _changed(spec, portion, f"has {size:,} bytes")
     file.seek(0)
     return file
+
+
+def _open_local(portion: Portion) -> IO[bytes]:
+    return open(portion.path, "rb")
 
 
 def _open_remote(spec: SourceSpec, portion: Portion) -> _RemoteFile:

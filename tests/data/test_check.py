@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
 from data.tokenizer import load
 from data.trace import Tracer
-from errors import UserError
+from errors import RunError, UserError
 
 
 def quiet(line: str) -> None:
@@ -97,6 +98,29 @@ def test_another_data_set_in_the_same_place_is_checked_by_its_own_manifest(prepa
         shutil.copytree(other, tmp_path / "set")
         assert check(tmp_path / "set", Local(1), quiet)[1] == []
         shutil.rmtree(tmp_path / "set")
+
+
+def test_its_progress_is_told_and_nothing_stays(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    before = {p.name for p in (tmp_path / "set").iterdir()}
+    lines: list[str] = []
+    for engine in (Local(2), Local(1)):
+        check(tmp_path / "set", engine, lines.append)
+    samples = sum(f.samples for f in DataManifest.load(prepared).chunk_files) + 2 * 5
+    assert len(lines) == 2
+    assert all(line.startswith(f"check: 6 of 6 tasks, {samples:,} samples, ") for line in lines)
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {*before, "statistics.json"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_an_error(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    os.chmod(tmp_path / "set", 0o555)
+    try:
+        with pytest.raises(RunError, match=r"set: cannot be written \(Permission denied\); allow it, or free space"):
+            check(tmp_path / "set", Local(1), quiet)
+    finally:
+        os.chmod(tmp_path / "set", 0o755)
 
 
 def test_ids_outside_the_vocabulary_are_found_behind_right_hashes(prepared, tmp_path):

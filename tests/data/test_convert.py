@@ -99,7 +99,7 @@ def test_a_conversion_goes_on_and_is_never_overwritten(prepared, published, tmp_
 
 
 def test_files_with_other_blocks_are_refused(prepared, published, tmp_path):
-    shutil.copytree(published, tmp_path / "p", ignore=shutil.ignore_patterns(".llm360-index", "work.part"))
+    shutil.copytree(published, tmp_path / "p", ignore=shutil.ignore_patterns(".llm360-index"))
     path = tmp_path / "p" / "train" / "train_002.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[::-1]))
@@ -108,6 +108,38 @@ def test_files_with_other_blocks_are_refused(prepared, published, tmp_path):
     path.write_text("".join(lines[:-1]) + lines[-1].replace(":", ";", 1))
     with pytest.raises((UserError, RunError), match=r"train_002\.jsonl"):
         convert(amber(tmp_path / "p", prepared), tmp_path / "set2")
+
+
+def test_lines_are_found_by_the_engine(prepared, published, tmp_path):
+    shutil.copytree(published, tmp_path / "p", ignore=shutil.ignore_patterns(".llm360-index"))
+    lines: list[str] = []
+    convert(amber(tmp_path / "p", prepared), tmp_path / "set", engine=Local(2), log=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["lines", "validation", "convert"]
+    assert ChunkedData(tmp_path / "set").manifest.chunk_files == DataManifest.load(prepared).chunk_files
+    path = tmp_path / "p" / "train" / "train_003.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=r"train_003\.jsonl has \d+ lines, not \d+ as .*train_000\.jsonl"):
+        convert(amber(tmp_path / "p", prepared), tmp_path / "set2")
+
+
+def test_writing_the_published_form_goes_on_and_leaves_nothing_else(prepared, published, tmp_path):
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_jsonl(prepared, tmp_path, Local(1), stop)
+    (tmp_path / "train" / "train_001.jsonl").unlink()
+    (tmp_path / "train" / "train_002.jsonl.0.part").write_text("half")
+    kept = tmp_path / "train" / "train_003.jsonl"
+    before = kept.stat().st_mtime_ns
+    to_jsonl(prepared, tmp_path, Local(1), quiet)
+    assert kept.stat().st_mtime_ns == before
+
+    def content(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".jsonl", ".part")}
+
+    assert content(tmp_path) == content(published)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.model", "train", "valid"]
 
 
 def test_mixtures_have_no_jsonl_form(crystal, tmp_path):

@@ -210,14 +210,11 @@ def test_a_damaged_index_is_made_again(chunk, damage):
 
 
 def test_an_index_that_cannot_be_kept_is_not_missed(chunk, tmp_path):
-    place = tmp_path / "taken"
+    place = tmp_path / INDEX
     place.write_text("a file where the folder should be: for any user the same as a folder without permission")
-    rows = JsonlRows(chunk, S + 1, V, index=place)
+    rows = JsonlRows(chunk, S + 1, V)
     assert rows.row(8)[0].tolist() == ids("chunk", 8)
-    assert sorted(os.listdir(tmp_path)) == ["taken", "train_000.jsonl"]
-    JsonlRows(chunk, S + 1, V, index=tmp_path / "run" / "index")
-    assert os.listdir(tmp_path / "run" / "index") == ["train_000.npy"]
-    assert not (tmp_path / INDEX).exists()
+    assert sorted(os.listdir(tmp_path)) == [INDEX, "train_000.jsonl"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -247,7 +244,6 @@ def test_chunks_are_files_by_number_each_in_permuted_order(tmp_path, name):
             assert sample.is_window
             assert isinstance(data, PublishedAmber)
             assert data.place(c, p) == (Path(name.format(c)).name, order[p] + 1)
-            assert data.find(*data.place(c, p)) == (c, p)
     data.check_files()
 
 
@@ -257,11 +253,6 @@ def test_what_a_published_data_set_refuses(tmp_path):
         data.sample(3, 0)
     with pytest.raises(IndexError, match=r"position 10 is outside 0\.\.9"):
         data.sample(0, 10)
-    with pytest.raises(UserError, match=r"has no chunk file 'train_9\.jsonl', only train_0\.jsonl to train_2\.jsonl"):
-        data.find("train_9.jsonl", 1)
-    for line in (0, 11):
-        with pytest.raises(UserError, match=rf"train_0\.jsonl has no line {line}, only 1\.\.10"):
-            data.find("train_0.jsonl", line)
     with pytest.raises(UserError, match="no validation source 'c4'; it has none"):
         data.validation("c4")
     with pytest.raises(UserError, match=r"none: no train_<number>\.jsonl in it"):
@@ -273,11 +264,26 @@ def test_what_a_published_data_set_refuses(tmp_path):
         PublishedAmber(tmp_path / "twice", S, V, seed=0)
     amber(amber(tmp_path / "unequal"), [2], lines=11)
     with pytest.raises(UserError, match=r"train_2\.jsonl has 11 lines, not 10 as .*train_0\.jsonl"):
-        PublishedAmber(tmp_path / "unequal", S, V, seed=0)
+        PublishedAmber(tmp_path / "unequal", S, V, seed=0).phases  # noqa: B018
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "train_0.jsonl").touch()
     with pytest.raises(UserError, match=r"train_0\.jsonl: has no lines"):
-        PublishedAmber(tmp_path / "empty", S, V, seed=0)
+        PublishedAmber(tmp_path / "empty", S, V, seed=0).phases  # noqa: B018
+
+
+def test_lines_are_counted_when_they_are_needed_or_elsewhere(tmp_path):
+    data = PublishedAmber(amber(tmp_path), S, V, seed=0)
+    copy = pickle.loads(pickle.dumps(data))
+    copy.count(len(data.open(path)) for path in data.files[::-1])
+    assert not (tmp_path / INDEX / "train_3.npy").exists()
+    shutil.rmtree(tmp_path / INDEX)
+    assert copy.phases[0].samples == 30
+    assert not (tmp_path / INDEX).exists()  # what was told is not looked for
+    assert data.lines == 10
+    assert sorted(os.listdir(tmp_path / INDEX)) == ["train_0.npy", "train_1.npy", "train_2.npy"]
+    for counts, message in ([10, 10, 9], r"train_2\.jsonl has 9 lines, not 10 as"), ([10, 0, 10], "train_1.* no lines"):
+        with pytest.raises(UserError, match=message):
+            PublishedAmber(tmp_path, S, V, seed=0).count(counts)
 
 
 def test_given_lines_are_checked_when_a_file_is_first_read(tmp_path):
@@ -327,13 +333,12 @@ def test_amber_is_identified_and_its_files_checked(tmp_path):
 
 def test_amber_travels_to_other_processes(tmp_path):
     folder = amber(tmp_path / "data")
-    data = PublishedAmber(folder, S, V, seed=3, index=tmp_path / "index")
+    data = PublishedAmber(folder, S, V, seed=3)
     data.sample(0, 0)
-    shutil.rmtree(tmp_path / "index")
+    shutil.rmtree(folder / INDEX)
     copy = pickle.loads(pickle.dumps(data))
-    assert not (tmp_path / "index").exists()  # the copy did not count lines again
     assert copy.sample(2, 4).tokens.tolist() == data.sample(2, 4).tokens.tolist()
-    assert (tmp_path / "index").exists()
+    assert os.listdir(folder / INDEX) == ["train_2.npy"]  # the copy did not count lines again
     assert (copy.sha256, copy.phases) == (data.sha256, data.phases)
 
 
@@ -373,12 +378,10 @@ def test_rows_of_files_in_natural_order(tmp_path):
             assert [x.dtype for x in sample] == [np.int32, np.int32, np.float32]
             assert np.array(sample).tolist() == hdf5_row(*expected[i])[[0, 2, 1]].tolist()
             path, row = copy.place(i)
-            assert ((path.stem, row), copy.find(path, row)) == (expected[i], i)
+            assert (path.stem, row) == expected[i]
     for i in (-1, 10):
         with pytest.raises(IndexError, match=rf"row {i} is outside 0\.\.9"):
             rows.row(i)
-    with pytest.raises(UserError, match=r"examples_9_1\.h5 has no row 3, only 0\.\.2"):
-        rows.find(tmp_path / "examples_9_1.h5", 3)
     assert len(Hdf5Rows([], S, V)) == 0
 
 
@@ -524,24 +527,24 @@ def test_phases_are_mixed_from_their_folders(crystal):
         assert file.startswith(firsts[part])
         stem = f"{Path(file).parent}/{int(Path(file).stem[-5:])}"
         assert np.array(data.sample(1, slot)).tolist() == hdf5_row(stem, row)[[0, 2, 1]].tolist()
-        assert (1, slot) in data.find(file, row)
     for i in range(2):  # rows follow one another within a part, and begin again after its last
         mine = [int(r) for p, r in zip(parts, rows) if p == i]
         assert mine == [k % (10 if i == 0 else 12) for k in range(len(mine))]
     assert {row for part, file, row in (data.place(1, s) for s in range(50)) if part == "C4"} == set(range(10))
-    assert data.find("phase2/SlimPajama/c4_train_packed_part1of2/data-00001.h5", 7) == []  # beyond the part's stop
     places = [data.place(0, s) for s in range(20)]
     assert len(set(places)) == 20
-    assert [data.find(file, row) for _, file, row in places] == [[(0, s)] for s in range(20)]
     data.check_files()
 
 
 def test_crystal_travels_to_other_processes_without_looking_again(crystal):
-    data = PublishedCrystal(crystal, PHASES, [None, None], S, V, seed=2)
-    before = [np.array(data.sample(c, s)).tolist() for c in range(2) for s in range(20)]
+    data = PublishedCrystal(crystal, PHASES, [None, 50], S, V, seed=2)
     message = pickle.dumps(data)
+    before = [np.array(data.sample(c, s)).tolist() for c in range(2) for s in range(20)]
     write_hdf5(crystal / "phase1" / "C4" / "new.h5", hdf5_rows("new", 4))
     copy = pickle.loads(message)
+    epochs = [interleave for mixture in copy.mixtures for interleave in mixture._interleaves]
+    assert len(epochs) == 4
+    assert all("_before" in vars(interleave) for interleave in epochs)  # tables that take seconds at real size
     assert [np.array(copy.sample(c, s)).tolist() for c in range(2) for s in range(20)] == before
     assert (copy.sha256, copy.phases) == (data.sha256, data.phases)
 
@@ -557,8 +560,6 @@ def test_what_published_crystal_refuses(crystal):
         data.sample(0, 20)
     with pytest.raises(UserError, match="no validation source 'C4': published Crystal data has none"):
         data.validation("C4")
-    with pytest.raises(UserError, match=r"no phase of .* reads a file 'phase1/data-00000\.h5'"):
-        data.find("phase1/data-00000.h5", 0)
     with pytest.raises(UserError, match="2 phases and 1 numbers of samples"):
         build(samples=(None,))
     with pytest.raises(UserError, match="0 phases"):
