@@ -44,7 +44,7 @@ def amber_7b() -> RunConfig:
             chunks=360,
             samples_per_chunk=1_706_976,  # fact sheet 3.1; 762 steps, 96 samples left
             validation_per_source=102_400,  # fact sheet 3.3
-            validation_read=1024,  # ours: LLM360 did not validate while training, and all would be a tenth of the run
+            validation_every=46,  # ours: one batch of each source; all of them would be a tenth of the run
             seed=11111,
             workers=4,
         ),

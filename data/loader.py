@@ -68,7 +68,7 @@ class TokenData(Protocol):
         """Return one sample, arrays of [S]; `chunk` is its number in the data set."""
         ...
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         """Return a source's held-out samples start .. stop-1, as far as there are, stacked: arrays of [V, S]."""
         ...
 
@@ -129,12 +129,12 @@ class ChunkedData:
         """Return one sample. RunError names the file that is missing, or the file and position of a corrupt record."""
         return self._chunk(chunk).read(position)
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         """Return held-out samples start .. stop-1, arrays of [V, S]; errors as in `sample`, UserError for the name."""
         record = next((s.validation_file for s in self.manifest.sources if s.name == source), None)
         if record is None:
             raise UserError(f"{self.directory} has no source {source!r}; it has {', '.join(self.sources)}")
-        file, asked = self._open(record), range(record.samples)[start:stop]
+        file, asked = self._open(record), range(record.samples)[start:stop:step]
         shape = (len(asked), self.sequence_length)
         stacked = Sample(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         for i, position in enumerate(asked):
@@ -215,7 +215,7 @@ class SyntheticData:
         keys = sort_keys(self.sequence_length + 1, "synthetic", self.seed, chunk, position) >> np.uint64(32)
         return Sample.of_tokens((keys * np.uint64(self.vocab_size)) >> np.uint64(32))
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         """Raise UserError: random tokens have no sources."""
         raise UserError(f"synthetic data has no validation source {source!r}; prepare real data for that")
 

@@ -178,9 +178,9 @@ class MixedData:
         """Return one sample; errors as in the data set."""
         return self._samples.sample(*self.origin(chunk, position))
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         """Return a source's held-out samples start .. stop-1, arrays of [V, S]."""
-        return self.data.validation(source, start, stop)
+        return self.data.validation(source, start, stop, step)
 
     def check_files(self) -> None:
         """Raise RunError unless every file is there with its size; reads no content."""

@@ -311,10 +311,10 @@ class PublishedAmber:
             raise UserError(f"{self.folder} has no validation source {source!r}; it has {_listed(self.sources)}")
         return self._open_valid(source)
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         """Return samples start .. stop-1 of `valid/SOURCE.jsonl`, arrays of [V, S]; errors as in `sample`."""
         rows = self.validation_rows(source)
-        ids = [rows.row(i)[0] for i in range(len(rows))[start:stop]]
+        ids = [rows.row(i)[0] for i in range(len(rows))[start:stop:step]]
         return Sample.of_tokens(np.array(ids, np.int32).reshape(len(ids), self.sequence_length + 1))
 
     def check_files(self) -> None:
@@ -530,7 +530,7 @@ class PublishedCrystal:
         part, row = self._slot(chunk, position)
         return self._rows[chunk][part].row(row)
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         """Raise UserError: there is nothing to validate on."""
         raise UserError(f"{self.folder} has no validation source {source!r}: published Crystal data has none")
 

@@ -51,12 +51,13 @@ class DataConfig:
     """Sources whose documents begin with `<s>` (fact sheet 3.5)."""
     workers: int = 0
     """Loader processes; does not change what is read."""
-    validation_read: int | None = None
-    """Of each source's validation samples, so many are read at each series checkpoint, from the first; None = all."""
+    validation_every: int = 1
+    """At each series checkpoint every so-manyth of a source's validation samples is read: they lie in the order of its
+    documents, so that these are a fair part of them. Losses over different numbers are not of the same samples."""
 
     def __post_init__(self) -> None:
         for name in (
-            "global_batch", "sequence_length", "chunks", "samples_per_chunk", "file_samples", "validation_read",
+            "global_batch", "sequence_length", "chunks", "samples_per_chunk", "file_samples", "validation_every",
         ):  # fmt: skip
             at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("validation_per_source", "overlap", "workers"):
@@ -101,7 +102,9 @@ class PhaseConfig:
     chunks: int | None = None
     """Chunks of data that belong to it, in order. Of a mixture: so many as `prepare` cuts the phase into."""
     series_every_steps: int | None = None
-    """A series checkpoint after every so many steps of the phase, and after its last; None = after every chunk."""
+    """A series checkpoint after every so many steps of the phase, and after its last. None: in the layout "chunks", as
+    many as a chunk has; of a mixture, ceil(steps / chunks), or without ``chunks`` only after the last step. Rounding up
+    gives at most ``chunks`` checkpoints, and fewer in some short phases: of 9 steps in 6 chunks, 5, one every 2."""
     mixture: tuple[Part, ...] = ()
     """What it reads in which shares. In the layout "chunks" that follows from the sources themselves, all of them
     are read, and the mixture is only what the shares should come to."""
@@ -282,7 +285,7 @@ class RunConfig:
 
         Returns:
             In the layout "chunks": chunks and samples per chunk are set. Of a mixture: steps and series_every_steps of
-            every phase are set and chunks are None.
+            every phase are set, as said there, and chunks are None.
 
         Raises:
             UserError: vocabulary, sequence length, layout, phases or chunks of the data are not those of the recipe.
@@ -432,7 +435,7 @@ def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:
 
 #: May change between a run's interruption and its resumption.
 FREE = ("mesh", "execution.gather", "execution.remat", "execution.loss_chunks", "execution.microbatches",
-        "data.workers", "data.validation_read", "series.rolling_every_steps")  # fmt: skip
+        "data.workers", "data.validation_every", "series.rolling_every_steps")  # fmt: skip
 
 
 def _essential(config: RunConfig) -> dict[str, Any]:

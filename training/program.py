@@ -86,7 +86,7 @@ class Program:
         return result
 
     def validate(self, params: Any, data: TokenData) -> dict[str, float]:
-        """Mean loss over each source's validation samples (`DataConfig.validation_read` of them), and over all."""
+        """Mean loss over each source's validation samples (`DataConfig.validation_every`), and over all."""
         sums, weights = {}, {}
         for source in data.sources:
             totals = self._totals(params, data, source)
@@ -97,15 +97,15 @@ class Program:
         return {"loss": math.fsum(sums.values()) / total, **losses} if total else {}
 
     def _totals(self, params: Any, data: TokenData, source: str) -> list[Any]:
-        """What the evaluation step says of each batch of a source's validation samples.
+        """What the evaluation step says of each batch of a source's validation samples that are read.
 
         Two batches are in memory at a time: Amber holds out 102,400 samples of each source, which are gigabytes.
         """
         totals: list[Any] = []
-        rows, limit = self.config.data.global_batch, self.config.data.validation_read
-        for start in itertools.count(0, rows):
-            stop = start + rows if limit is None else min(start + rows, max(start, limit))
-            samples = data.validation(source, start, stop)
+        every = self.config.data.validation_every
+        span = self.config.data.global_batch * every
+        for start in itertools.count(0, span):
+            samples = data.validation(source, start, start + span, every)
             if not len(samples.inputs):
                 return totals
             totals.append(self.eval_step(params, self._batch(samples)))

@@ -31,6 +31,16 @@ def test_amber_7b_arithmetic():
     assert amber_7b().total_steps * data.tokens_per_step == 1_258_448_486_400
 
 
+def test_amber_7b_keeps_a_checkpoint_after_each_chunk():
+    """Fact sheet 3.1: 360. Our validation reads few of the samples held out, and so costs little beside a chunk."""
+    recipe = amber_7b()
+    assert [p.step for p in recipe.positions] == list(range(762, 274_321, 762))
+    assert len(recipe.positions) == 360
+    assert recipe.data.validation_per_source == 102_400
+    assert -(-recipe.data.validation_per_source // recipe.data.validation_every) <= recipe.data.global_batch
+    assert amber_tiny().data.validation_every == 1
+
+
 def test_amber_7b_is_laid_out_as_published():
     """Fact sheet 3.1 and 3.3: the sources in the order of the chunks, the billions of tokens of the card."""
     recipe = amber_7b()

@@ -167,6 +167,14 @@ def test_each_phase_has_the_steps_of_its_data():
     phases = tuple(PhaseConfig(n, mixture=p.mixture) for n, p in zip((7, None, 20), recipe.phases))
     shorter = dataclasses.replace(recipe, phases=phases).resolve(data)
     assert [(p.steps, p.series_every_steps) for p in shorter.phases] == [(7, 7), (56, 56), (20, 20)]
+    assert [p.step for p in shorter.positions] == [7, 63, 83], "without chunks, only the last step of each phase"
+
+
+def test_a_short_phase_has_fewer_checkpoints_than_chunks():
+    """`PhaseConfig.series_every_steps`: 9 steps in 6 chunks, one after every 2; 3 steps in 4, one after each."""
+    resolved = crystal_tiny().resolve(mixed(3 * 16, 9 * 16, 4 * 16))
+    assert [p.series_every_steps for p in resolved.phases] == [1, 2, 2]
+    assert [p.phase_step for p in resolved.positions] == [1, 2, 3, 2, 4, 6, 8, 9, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,6 @@ class Rearranged(SyntheticData):
         shift = 7 * chunk + position + np.where(weights == 0, self.uncounted, 0)
         return Sample(inputs, ((targets + shift) % self.vocab_size).astype(np.int32), weights)
 
-    def validation(self, source: str, start: int = 0, stop: int | None = None) -> Sample:
+    def validation(self, source: str, start: int = 0, stop: int | None = None, step: int = 1) -> Sample:
         all_of_them = (np.stack(values) for values in zip(*(self.sample(0, n) for n in range(10))))
-        return Sample(*(values[start:stop] for values in all_of_them))
+        return Sample(*(values[start:stop:step] for values in all_of_them))

@@ -37,6 +37,7 @@ def with_execution(config, **changes):
         (lambda c: with_data(c, overlap=33), "overlap=33 leaves no step from one window of 32"),
         (lambda c: with_data(c, overlap=-1), "data.overlap=-1 must be at least 0"),
         (lambda c: with_data(c, file_samples=0), "data.file_samples=0 must be at least 1"),
+        (lambda c: with_data(c, validation_every=0), "data.validation_every=0 must be at least 1"),
         (
             lambda c: with_data(c, layout="mixture", chunks=3),
             "data.chunks=3: of a mixture each phase has its own",
@@ -104,6 +105,7 @@ def test_data_of_mixtures_is_refused_where_chunks_are_read(tiny):
 
 def test_a_run_may_move_to_another_mesh_but_not_to_another_recipe(tiny, tmp_path):
     moved = dataclasses.replace(with_execution(tiny, remat="full", microbatches=2), mesh=MeshConfig(tensor=8))
+    moved = with_data(moved, validation_every=3, workers=1)
     assert moved.sha256 == tiny.sha256
     moved.check_same_run(tiny, tmp_path)
     other = dataclasses.replace(tiny, phases=(PhaseConfig(mixture=(Part("a", 1.0), Part("b", 2.0))),))

@@ -139,6 +139,23 @@ def test_validation_counts_only_what_counts(two_phases):
     assert weight == MIXED.validation("").weights.sum()
 
 
+def test_validation_reads_every_so_manyth_sample(two_phases):
+    """Of ten, in batches of eight: all, which are two batches, and fewer."""
+    config = two_phases.resolve(MIXED)
+    mesh = config.mesh.build()
+    plan = loop.Program.plan(config, mesh)
+    plan = dataclasses.replace(plan, eval_step=make_eval_step(config.model, config.execution.region, mesh))
+    weights = plan.init().params
+    alone = [plan.eval_step(weights, plan._batch(MIXED.validation("held-out", n, n + 1))) for n in range(10)]
+    found = {}
+    for every in (1, 2, 3, 10):
+        few = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_every=every))
+        found[every] = dataclasses.replace(plan, config=few).validate(weights, MIXED)["loss"]
+        loss, count = (sum(float(t[name]) for t in alone[::every]) for name in ("loss_sum", "weight"))
+        assert found[every] == pytest.approx(loss / count, rel=1e-6)
+    assert len(set(found.values())) == 4, "a sample more or less is seen"
+
+
 def test_resumed_on_other_meshes_follows_the_same_curve(reference, tiny, tmp_path):
     _, whole = reference
     run = tmp_path / "run"
@@ -335,24 +352,9 @@ def test_validation_loss_by_source(tiny, tmp_path):
         for d in (run, resumed)
     ]
     assert timeless[0] == timeless[1], "every logged loss, validation included, also across an interruption"
-    _the_first_samples_are_read(config.resolve(data), data)
     shutil.rmtree(data_dir / "chunks")
     with pytest.raises(RunError, match=r"chunks/000.arrayrecord"):
         train(config, run, ChunkedData(data_dir))
-
-
-def _the_first_samples_are_read(config, data):
-    """`validation_read` says how many; also over the border of a batch."""
-    mesh = config.mesh.build()
-    plan = loop.Program.plan(config, mesh)
-    plan = dataclasses.replace(plan, eval_step=make_eval_step(config.model, config.execution.region, mesh))
-    params = plan.init().params
-    for limit in (1, 3, 5, 99):
-        some = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_read=limit))
-        found = dataclasses.replace(plan, config=some).validate(params, data)["loss"]
-        samples = data.validation("syllables", 0, limit)
-        expected = plan.eval_step(params, plan._batch(samples))
-        assert found == pytest.approx(float(expected["loss_sum"] / expected["weight"]), rel=1e-6)
 
 
 def test_a_step_that_is_past_is_refused_before_anything_is_compiled(reference, monkeypatch):
