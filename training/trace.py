@@ -199,7 +199,7 @@ def lines(samples: list[dict[str, Any]], width: int = 100) -> list[str]:
             name = d["document"] or f"{d['source']} {d['file']}:{d['line']}"
             shown = " ".join(d["text"].split())
             shown = shown if len(shown) <= width else shown[: width - 1] + "…"
-            text.append(f"  {name}  tokens {d['tokens'][0]}-{d['tokens'][1]}, from its {d['skip']}th  {shown}")
+            text.append(f"  {name}  tokens {d['tokens'][0]}-{d['tokens'][1]}, from its token {d['skip']} on  {shown}")
     return text
 
 
