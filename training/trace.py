@@ -191,7 +191,8 @@ def lines(samples: list[dict[str, Any]], width: int = 100) -> list[str]:
     """Return samples as a person reads them: one line each, and one for each document."""
     text = []
     for s in samples:
-        step = "" if s.get("step") is None else f"step {s['step']} row {s['row']}  "
+        unread = "no step  " if "step" in s else ""  # the rest of a chunk that fills no batch
+        step = unread if s.get("step") is None else f"step {s['step']} row {s['row']}  "
         origin = f"  {s['source']} window {s['window']}" if "window" in s and "source" in s else ""
         part = f" ({s['part']}, epoch {s['epoch']})" if s.get("part") else ""
         text.append(f"{step}chunk {s['chunk']} position {s['position']}{origin}{part}{seen(s)}")
