@@ -36,6 +36,16 @@ FORMAT = 2  # 1 had one phase, no masks and another document index
 MANIFEST = "manifest.json"
 
 
+def chunk_path(root: Path, chunk: int) -> Path:
+    """Return the record file of a chunk."""
+    return root / "chunks" / f"{chunk:03}.arrayrecord"
+
+
+def validation_path(root: Path, source: str) -> Path:
+    """Return the record file of a source's validation samples."""
+    return root / "validation" / f"{source}.arrayrecord"
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the little-endian type that stores ids below vocab_size: uint16, or uint32 above 65,536 ids."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")

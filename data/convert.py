@@ -3,14 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
@@ -21,13 +19,15 @@ from data.chunks import (
     PhaseRecord,
     SourceRecord,
     TokenizerRecord,
+    chunk_path,
     encode,
     token_dtype,
+    validation_path,
     write_records,
     written,
 )
 from data.engines import Engine, Task, run_all
-from data.folder import WORK, finished, working
+from data.folder import WORK, finished, share, shared, working
 from data.index import rows_path
 from data.loader import ChunkedData
 from data.mixture import Part
@@ -43,27 +43,13 @@ _ROWS_AT_ONCE = 256  # of validation samples
 _BLOCKS = 1000  # of sources in a file are looked at: Amber's files have seven
 
 
-@lru_cache(maxsize=1)
-def _read(path: Path) -> Any:
-    with open(path, "rb") as file:
-        return pickle.load(file)  # written by `_share`, in its own work folder
-
-
-def _share(data: Published, work: Path) -> Path:
-    """Write the data set, with all that is known of it, for the tasks to read: once, not in each of thousands."""
-    path = work / f"published-{uuid4().hex}.pickle"  # a name of its own: processes keep what they have read
-    with written(path) as part:
-        part.write_bytes(pickle.dumps(data))
-    return path
-
-
 @dataclass(frozen=True)
 class _Convert(Task):
     """Write samples start..stop-1 of a published chunk as one record file."""
 
     data: Path
     out: Path
-    file: str
+    number: int  # of the chunk to write
     chunk: int  # of the published data
     start: int
     stop: int
@@ -71,7 +57,7 @@ class _Convert(Task):
     @property
     def journal(self) -> Path:
         """Says that it is done."""
-        return self.data.parent / f"{self.file.replace('/', '-')}.json"
+        return self.data.parent / f"chunk-{self.number:03}.json"
 
     @property
     def weight(self) -> int:
@@ -80,7 +66,7 @@ class _Convert(Task):
 
     def run(self) -> dict[str, Any]:
         """Write the file, every row of it checked by the reader, and return its record."""
-        data, path = _read(self.data), self.out / self.file
+        data, path = shared(self.data), chunk_path(self.out, self.number)
         samples = (data.sample(self.chunk, p) for p in range(self.start, self.stop))
         write_records(path, (encode(s, token_dtype(data.vocab_size)) for s in samples))
         return dataclasses.asdict(FileRecord.of(self.out, path, self.stop - self.start))
@@ -101,7 +87,7 @@ class _ConvertValidation(Task):
 
     def run(self) -> dict[str, Any]:
         """Write the file, every row of it checked by the reader, and return its record."""
-        data, path = _read(self.data), _validation_path(self.out, self.source)
+        data, path = shared(self.data), validation_path(self.out, self.source)
         rows = data.validation_rows(self.source)
         records = (rows.row(i)[0].astype(token_dtype(data.vocab_size)).tobytes() for i in range(len(rows)))
         write_records(path, records)
@@ -128,7 +114,7 @@ class _Lines(Task):
 
     def run(self) -> dict[str, Any]:
         """Return the number of lines and the first blocks; the reader keeps the lines beside the file."""
-        data = _read(self.data)
+        data = shared(self.data)
         rows = data.open(data.files[self.chunk])
         return {"lines": len(rows), "blocks": rows.labels()[:_BLOCKS], "bytes": self.bytes}
 
@@ -186,8 +172,8 @@ def from_published(
 
 def _amber(data: PublishedAmber, out: Path, work: Path, engine: Engine, log: Log) -> dict[str, Any]:
     """Convert, and return the manifest's fields: a source for every label."""
-    chunks, shared = len(data.files), _share(data, work)
-    lines = [_Lines(shared, c, path.stat().st_size) for c, path in enumerate(data.files)]
+    chunks, known = len(data.files), share(data, work)
+    lines = [_Lines(known, c, path.stat().st_size) for c, path in enumerate(data.files)]
     found = run_all(lines, engine, log, "lines")
     data.count(r["lines"] for r in found)
     blocks = found[0]["blocks"]
@@ -200,10 +186,10 @@ def _amber(data: PublishedAmber, out: Path, work: Path, engine: Engine, log: Log
             )
     if missing := [s for s in data.sources if s not in names]:
         raise UserError(f"{data.folder}/valid/{missing[0]}.jsonl: no chunk has rows of this source; take it away")
-    shared = _share(data, work)  # which now knows how many lines there are
-    held = [_ConvertValidation(shared, out, name) for name in names if name in data.sources]
+    known = share(data, work)  # which now knows how many lines there are
+    held = [_ConvertValidation(known, out, name) for name in names if name in data.sources]
     held_files = {t.source: FileRecord(**r) for t, r in zip(held, run_all(held, engine, log, "validation"))}
-    tasks = [_Convert(shared, out, f"chunks/{c:03}.arrayrecord", c, 0, data.lines) for c in range(chunks)]
+    tasks = [_Convert(known, out, c, c, 0, data.lines) for c in range(chunks)]
     files = [FileRecord(**r) for r in run_all(tasks, engine, log, "convert")]
     sources = []
     for name, start, stop in blocks:
@@ -226,14 +212,14 @@ def _crystal(
     data: PublishedCrystal, out: Path, work: Path, samples_per_chunk: int, engine: Engine, log: Log
 ) -> dict[str, Any]:
     """Convert, and return the manifest's fields: a source for every part of every phase."""
-    shared = _share(data, work)
+    known = share(data, work)
     tasks: list[_Convert] = []
     phases, sources = [], []
     owner: list[int] = []
     for n, mixture in enumerate(data.mixtures):
         for start in range(0, mixture.samples, samples_per_chunk):
             stop = min(start + samples_per_chunk, mixture.samples)
-            tasks.append(_Convert(shared, out, f"chunks/{len(tasks):03}.arrayrecord", n, start, stop))
+            tasks.append(_Convert(known, out, len(tasks), n, start, stop))
             owner.append(n)
     files = [FileRecord(**r) for r in run_all(tasks, engine, log, "convert")]
     for n, mixture in enumerate(data.mixtures):
@@ -279,13 +265,9 @@ def _source(
 
 def _empty(out: Path, name: str) -> FileRecord:
     """The record file of a source without validation samples."""
-    path = _validation_path(out, name)
+    path = validation_path(out, name)
     write_records(path, ())
     return FileRecord.of(out, path, 0)
-
-
-def _validation_path(out: Path, name: str) -> Path:
-    return out / "validation" / f"{name}.arrayrecord"
 
 
 def _counts(blocks: Sequence[tuple[str, int, int]]) -> str:
@@ -348,8 +330,8 @@ def to_jsonl(root: Path, out: Path, engine: Engine, log: Log = print) -> Path:
     """Write a data set as AmberDatasets has it, into `out/train` and `out/valid`, and return `out`.
 
     The tokenizer, which was not published, lies beside them. Goes on where it was when it was killed; what is complete
-    is written again. Raises UserError
-    for data that is a mixture of phases: its samples have masks, and in Crystal's data set they are HDF5.
+    is written again. Raises UserError for data that is a mixture of phases: its samples have masks, and in Crystal's
+    data set they are HDF5.
     """
     data = ChunkedData(root)
     if data.manifest.layout != "chunks":

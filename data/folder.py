@@ -6,11 +6,14 @@ command goes on with it; another one is refused, as is anything that is not ours
 
 import fcntl
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+from uuid import uuid4
 
 from data.chunks import FORMAT, MANIFEST, DataManifest, written
 from errors import RunError, UserError
@@ -70,6 +73,21 @@ def working(out: Path, sha256: str) -> Iterator[Path]:
             shutil.rmtree(work)
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error}); free space and run the same command again") from error
+
+
+def share(value: Any, work: Path) -> Path:
+    """Write a value for the tasks of all processes to read with `shared`: once, not in each of thousands of tasks."""
+    path = work / f"shared-{uuid4().hex}.pickle"  # a name of its own: processes keep what they have read
+    with written(path) as part:
+        part.write_bytes(pickle.dumps(value))
+    return path
+
+
+@lru_cache(maxsize=1)
+def shared(path: Path) -> Any:
+    """Return what `share` wrote, read once in each process."""
+    with open(path, "rb") as file:
+        return pickle.load(file)  # written by this very command, in its own work folder
 
 
 def _hold(lock: IO[str], out: Path) -> None:

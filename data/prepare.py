@@ -8,11 +8,9 @@ of workers, on any engine, after any number of kills. A finished data set is nev
 import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,14 +23,16 @@ from data.chunks import (
     PhaseRecord,
     SourceRecord,
     TokenizerRecord,
+    chunk_path,
     encode,
     token_dtype,
+    validation_path,
     write_records,
     written,
 )
 from data.engines import Engine, Local, Task, run_all
 from data.fim import FIM_TOKENS, Fim, rearrange, with_fim
-from data.folder import finished, working
+from data.folder import finished, share, shared, working
 from data.index import PartIndex, write_index
 from data.mixture import Mixture, Part
 from data.packing import ORDER, Layout, training_window, validation_windows, window_start, windows_in
@@ -376,6 +376,7 @@ class _Design:
         parts = self.config.phases[phase].parts
         names = [s.name for s in self.config.sources]
         tokenizer = loaded(str(self.tokenizer))
+        fim = Fim.of(tokenizer) if self.config.fills_in else None
         reads = [names.index(p.reads) for p in parts]
         which, epoch, number = self.phases[phase].at(np.arange(start, stop))
         windows = np.empty_like(number)
@@ -383,11 +384,11 @@ class _Design:
             windows[which == i] = training_window(number[which == i], self.held_out[j])
         for i, e, w in zip(which.tolist(), epoch.tolist(), windows.tolist()):
             part, window = parts[i], self.window(reads[i], w)
-            if not part.fim_rate:
+            if fim is None or not part.fim_rate:
                 yield Sample.of_tokens(window)
                 continue
             key = ("fim", self.config.seed, part.reads, e, w)
-            yield rearrange(window, part.fim_rate, key, tokenizer, Fim.of(tokenizer), self.config.original)
+            yield rearrange(window, part.fim_rate, key, tokenizer, fim, self.config.original)
 
 
 def _design(config: PrepareConfig, streams: Sequence[_Stream], tokenizer: Path) -> _Design:
@@ -429,12 +430,6 @@ def _design(config: PrepareConfig, streams: Sequence[_Stream], tokenizer: Path) 
     return _Design(small, streamed, tokenizer, held_out, None, phases, per_chunk)
 
 
-@lru_cache(maxsize=1)
-def _read_design(path: Path) -> _Design:
-    with open(path, "rb") as file:
-        return pickle.load(file)  # written by this prepare, in its own work folder
-
-
 @dataclass(frozen=True)
 class _WriteChunk(Task):
     """Write samples start..stop-1 of a phase as one chunk file."""
@@ -458,8 +453,8 @@ class _WriteChunk(Task):
 
     def run(self) -> dict[str, Any]:
         """Write the file and return its record."""
-        design = _read_design(self.design)
-        path = self.out / "chunks" / f"{self.chunk:03}.arrayrecord"
+        design: _Design = shared(self.design)
+        path = chunk_path(self.out, self.chunk)
         dtype = token_dtype(design.config.vocab_size)
         write_records(path, (encode(s, dtype) for s in design.samples(self.phase, self.start, self.stop)))
         return dataclasses.asdict(FileRecord.of(self.out, path, self.stop - self.start))
@@ -481,8 +476,8 @@ class _WriteValidation(Task):
 
     def run(self) -> dict[str, Any]:
         """Write the file and return its record."""
-        design = _read_design(self.design)
-        path = self.out / "validation" / f"{self.name}.arrayrecord"
+        design: _Design = shared(self.design)
+        path = validation_path(self.out, self.name)
         dtype, windows = token_dtype(design.config.vocab_size), design.held_out[self.source].tolist()
         samples = (Sample.of_tokens(design.window(self.source, w)) for w in windows)
         write_records(path, (encode(s, dtype) for s in samples))
@@ -514,10 +509,7 @@ def _write(
     config: PrepareConfig, design: _Design, streams: Sequence[_Stream], tokenizer: Tokenizer, work: Path, log: Log
 ) -> DataManifest:
     """Write chunks, validation samples and indices, and return the manifest of all."""
-    out = Path(config.out)
-    path = work / f"design-{config.sha256[:16]}.pickle"  # a name of its own: processes keep what they have read
-    with written(path) as part:
-        part.write_bytes(pickle.dumps(design))
+    out, path = Path(config.out), share(design, work)
     totals = [m.samples for m in design.phases] or [config.chunks * design.samples_per_chunk[0]]
     chunks: list[_WriteChunk] = []
     for n, (total, size) in enumerate(zip(totals, design.samples_per_chunk)):
