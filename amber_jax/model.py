@@ -6,7 +6,7 @@ from flax import nnx
 
 from amber_jax.config import AmberConfig
 from layers import attention, rotary, stack, vocabulary
-from layers.attention import Cache, Slots
+from layers.attention import Cache, Documents, Slots
 from layers.decoder import Block, Decoder
 from layers.mlp import SwiGLU
 from layers.norms import RMSNorm
@@ -28,15 +28,15 @@ class Attention(nnx.Module):
         self.rope_base = config.rope_base
 
     def __call__(
-        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
+        self, x: jax.Array, region: Region, cache: Cache | None, reach: Slots | Documents | None
     ) -> tuple[jax.Array, Cache | None]:
         """Residual-stream shape in and out, and the cache with this call's keys and values."""
         x = region.enter(x)  # [B, S, D]
         q, k, v = (jnp.einsum("bsd,dhk->bshk", x, w[...]) for w in (self.wq, self.wk, self.wv))
         width = q.shape[3]
-        cos, sin = rotary.angles(attention.positions(q.shape[1], slots), width, self.rope_base)
+        cos, sin = rotary.angles(attention.positions(q.shape[1], reach), width, self.rope_base)
         q, k = rotary.rotate_half(q, cos, sin), rotary.rotate_half(k, cos, sin)
-        out, cache = attention.causal(q, k, v, width**-0.5, cache, slots)
+        out, cache = attention.causal(q, k, v, width**-0.5, region.attention, cache, reach)
         return region.leave(jnp.einsum("bshk,hkd->bsd", out, self.wo[...])), cache
 
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from crystal_jax.config import CrystalConfig
 from layers import attention, rotary, stack, vocabulary
-from layers.attention import Cache, Slots
+from layers.attention import Cache, Documents, Slots
 from layers.decoder import Block, Decoder
 from layers.norms import LayerNorm
 from layers.params import Initializer, param
@@ -39,16 +39,16 @@ class Attention(nnx.Module):
         self.rotary_dims = config.rotary_dims
 
     def __call__(
-        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
+        self, x: jax.Array, region: Region, cache: Cache | None, reach: Slots | Documents | None
     ) -> tuple[jax.Array, Cache | None]:
         """Residual-stream shape in and out, and the cache with this call's keys and values."""
         x = region.enter(x)  # [B, S, D]
         weights = ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
         q, k, v = (jnp.einsum("bsd,dhk->bshk", x, w[...]) + b[...] for w, b in weights)
         # By true positions: the original counts from the cache's length, so that left padding shifts them there.
-        cos, sin = rotary.angles(attention.positions(q.shape[1], slots), self.rotary_dims, self.rope_base)
+        cos, sin = rotary.angles(attention.positions(q.shape[1], reach), self.rotary_dims, self.rope_base)
         q, k = rotary.rotate_pairs(q, cos, sin), rotary.rotate_pairs(k, cos, sin)
-        out, cache = attention.causal(q, k, v, 1 / q.shape[3], cache, slots)
+        out, cache = attention.causal(q, k, v, 1 / q.shape[3], region.attention, cache, reach)
         return region.leave(jnp.einsum("bshk,hkd->bsd", out, self.wo[...]), self.bo[...]), cache
 
 

@@ -82,7 +82,7 @@ def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sequence_sharded: 
     out = {"logits": axes.spec(mesh, "batch", "position", "vocab")}
     if keep_layers:
         out |= {
-            "layers": axes.spec(mesh, "replicated", "batch", stream, "replicated"),
+            "layers": axes.spec(mesh, "layers", "batch", stream, "replicated"),
             "final": axes.spec(mesh, "batch", stream, "replicated"),
         }
     param_specs = params.specs(params.shardings(model.abstract, mesh))

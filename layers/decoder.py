@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import lax
 
 from layers import stack, vocabulary
 from layers.attention import Cache, Slots
 from layers.region import Region
 from layers.vocabulary import Embedding, Head, TiedHead
+from parallel import pipeline
 
 
 class Block(nnx.Module):
@@ -43,33 +45,60 @@ class Decoder(nnx.Module):
         """int32 [B, S] -> residual stream."""
         return region.use(self.embedding)(tokens, region)
 
+    def stage(
+        self,
+        x: jax.Array,
+        region: Region,
+        cache: Cache | None = None,
+        reach: Any = None,
+        keep_layers: bool = False,
+        repeat: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """The layers that this device holds.
+
+        Args:
+            x: the residual stream.
+            region: how the model runs.
+            cache: keys and values of these layers, or None.
+            reach: what positions may read (`layers.attention.causal`).
+            keep_layers: return the stream after each layer instead of the cache.
+            repeat: which of the runs of layers, where the circular schedule has several (`Region.begin`).
+
+        Returns:
+            The residual stream after them, and the cache or the streams [layers, ...].
+        """
+        layers = self.layers
+        if repeat is not None:
+            layers = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, repeat, 0, keepdims=False), layers)
+
+        def block(layer: Any, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
+            x, cache = layer(x, region, cache, reach)
+            return x, x if keep_layers else cache
+
+        with region.precision():
+            return stack.run(block, layers, x, region, cache)
+
     def blocks(
         self,
         x: jax.Array,
         region: Region,
         cache: Cache | None = None,
-        slots: Slots | None = None,
+        reach: Any = None,
         keep_layers: bool = False,
     ) -> tuple[jax.Array, Any]:
-        """Residual stream -> (residual stream after the last layer, cache or per-layer streams [L, ...])."""
-
-        def block(layer: Any, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
-            x, cache = layer(x, region, cache, slots)
-            return x, x if keep_layers else cache
-
-        with region.precision():
-            return stack.run(block, self.layers, x, region, cache)
+        """Residual stream -> (residual stream after the last layer of all, cache or per-layer streams [L, ...])."""
+        return pipeline.in_turn(lambda x: self.stage(x, region, cache, reach, keep_layers), x)
 
     def hidden(
         self,
         tokens: jax.Array,
         region: Region,
         cache: Cache | None = None,
-        slots: Slots | None = None,
+        reach: Any = None,
         keep_layers: bool = False,
     ) -> tuple[jax.Array, Any]:
         """`embed`, then `blocks`."""
-        return self.blocks(self.embed(tokens, region), region, cache, slots, keep_layers)
+        return self.blocks(self.embed(tokens, region), region, cache, reach, keep_layers)
 
     def final(self, x: jax.Array, region: Region) -> jax.Array:
         """Residual stream after the final norm."""

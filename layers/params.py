@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from parallel import axes as mesh_axes
 from parallel.axes import FSDP, TENSOR
-from parallel.collectives import Exchange, Gather, axis_index, move_weight, vary
+from parallel.collectives import Exchange, Gather, axis_index, move_weight
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
@@ -78,15 +78,13 @@ def check_divides(module: nnx.Module, degrees: Mapping[str, int]) -> None:
 def gather(module: M, dtype: jnp.dtype) -> M:
     """The module with every weight whole over ``fsdp`` and ready for use; call inside the manual region.
 
-    Matrices and biases are cast to ``dtype`` before they travel; norm gains stay float32. Every weight becomes
-    varying over all live mesh axes here, so that the sum of its gradient over the mesh happens here too: once per
-    call, not once per use.
+    Matrices and biases are cast to ``dtype`` before they travel; norm gains stay float32.
     """
 
     def ready(p: nnx.Param) -> nnx.Variable:
         logical = _axes(p)
         target = p.dtype if "norm" in logical else dtype
-        value = vary(p[...])
+        value = p[...]
         embed = next((d for d, name in enumerate(logical) if FSDP in mesh_axes.mesh_axes_of(name)), None)
         moves: list[Exchange | Gather] = [] if embed is None else [Gather(FSDP, embed)]
         if (uneven := _uneven(p, degree := lax.axis_size(TENSOR))) is not None:

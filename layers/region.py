@@ -7,24 +7,35 @@ weights are gathered, what is rematerialised, and whether the residual stream is
 
 import contextlib
 import dataclasses
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from errors import UserError
 from layers import params
-from parallel.axes import BATCH_AXES, TENSOR
-from parallel.collectives import all_gather, axis_index, psum, psum_scatter, vary
+from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
+from parallel.collectives import all_gather, axis_index, deal, psum, psum_scatter, vary
+from parallel.plan import Gather, Remat, Schedule, choose
 
 M = TypeVar("M", bound=nnx.Module)
+
+_STREAM = "residual stream into a layer"
 
 #: Remat policy by name: what of a layer's forward pass is kept for its backward pass; None = everything.
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_STREAM],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -34,10 +45,21 @@ class Region:
 
     compute_dtype: str = "float32"
     """Dtype of matrices and activations: float32 or bfloat16. Norms, softmax, loss and reductions are float32."""
-    gather: Literal["once", "layer"] = "layer"
-    """When weights are gathered over ``fsdp``: once per step (whole weights stay live) or in each layer (ZeRO-3)."""
-    remat: str = "none"
-    """A name in REMAT."""
+    gather: Gather = "layer"
+    """When weights are gathered over ``fsdp`` (`parallel.plan.Gather`)."""
+    remat: Remat = "none"
+    """What a layer keeps for its backward pass (`parallel.plan.Remat`)."""
+    remat_stage: bool = False
+    """A stage keeps only its input, and is run again for the backward pass."""
+    schedule: Schedule = "gpipe"
+    """How microbatches pass through the stages of a pipeline (`parallel.plan.Schedule`)."""
+    repeats: int = 1
+    """Times that a microbatch passes through every stage (`parallel.plan.Plan.repeats`)."""
+    skip_idle: bool = True
+    """"1f1b": a stage does nothing in the ticks where it has nothing to do. False: it computes what is thrown away,
+    for platforms that cannot run collectives in a branch that only some stages take."""
+    attention: str = "reference"
+    """Attention kernel, a name in `layers.attention.KERNELS`."""
     loss_chunks: int = 1
     """The loss is computed in this many pieces along the sequence, so that full logits never exist."""
     sequence_sharded: bool = True
@@ -46,10 +68,9 @@ class Region:
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UserError(f"compute_dtype {self.compute_dtype!r}: choose float32 or bfloat16")
-        if self.gather not in ("once", "layer"):
-            raise UserError(f"gather {self.gather!r}: choose once or layer")
-        if self.remat not in REMAT:
-            raise UserError(f"remat {self.remat!r}: choose from {', '.join(REMAT)}")
+        choose("gather", self.gather, Gather)
+        choose("remat", self.remat, Remat)
+        choose("schedule", self.schedule, Schedule)
         if self.loss_chunks < 1:
             raise UserError(f"loss_chunks {self.loss_chunks}: must be at least 1")
 
@@ -62,13 +83,32 @@ class Region:
         """Around matrix products: float32 means float32. GPUs and TPUs would else multiply it in TF32 or bfloat16."""
         return jax.default_matmul_precision("highest") if self.compute_dtype == "float32" else contextlib.nullcontext()
 
+    def begin(self, model: M) -> M:
+        """Called once per training step, before any loop over microbatches; its transpose sums gradients over the mesh.
+
+        Every weight becomes varying over all mesh axes, so that the sum of its gradient over the mesh is taken here
+        too: once per step. In the circular schedule stages get their layers, and in mode ``once`` all are gathered.
+        """
+        model = jax.tree.map(vary, model)
+        if self.repeats > 1 and lax.axis_size(PIPELINE) > 1:
+            model.layers = jax.tree.map(lambda w: deal(w, self.repeats), model.layers)  # type: ignore[attr-defined]
+        return self.prepare(model)
+
     def prepare(self, model: M) -> M:
-        """Called once per step, before any loop over microbatches: gathers all weights in mode ``once``."""
+        """Called once per use of a model: gathers all weights in mode ``once``."""
         return params.gather(model, self.dtype) if self.gather == "once" else model
 
     def use(self, module: M) -> M:
-        """Called where a module is used: gathers its weights in mode ``layer``."""
+        """Called where an embedding, norm or head is used: gathers its weights, unless it was done before."""
         return module if self.gather == "once" else params.gather(module, self.dtype)
+
+    def use_stage(self, layers: M) -> M:
+        """Called where a stage of layers is used: gathers their weights in mode ``tick``."""
+        return params.gather(layers, self.dtype) if self.gather == "tick" else layers
+
+    def use_layer(self, layer: M) -> M:
+        """Called where one layer is used: gathers its weights in mode ``layer``."""
+        return params.gather(layer, self.dtype) if self.gather == "layer" else layer
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Residual stream -> whole rows, input of a column-parallel matrix. [B, S/tensor, D] -> [B, S, D]."""
@@ -84,9 +124,19 @@ class Region:
 
     def residual(self, x: jax.Array) -> jax.Array:
         """Give the residual stream the varying type that it keeps through the layers."""
-        return vary(x) if self.sequence_sharded else vary(x, BATCH_AXES)
+        return vary(x, (*BATCH_AXES, TENSOR) if self.sequence_sharded else BATCH_AXES)
 
     def checkpoint(self, f: Any) -> Any:
-        """``f`` rematerialised by the policy."""
+        """``f(x, …)``, a layer under `lax.scan`, rematerialised by the policy; x is the residual stream."""
         policy = REMAT[self.remat]
-        return f if policy is None else jax.checkpoint(f, policy=policy, prevent_cse=False)
+        if policy is None:
+            return f
+
+        def named(x: jax.Array, *rest: Any) -> Any:
+            return f(checkpoint_name(x, _STREAM), *rest)
+
+        return jax.checkpoint(named if self.remat == "offload" else f, policy=policy, prevent_cse=False)
+
+    def checkpoint_stage(self, f: Any) -> Any:
+        """``f``, a stage, rematerialised from its input if the plan says so."""
+        return jax.checkpoint(f, policy=jax.checkpoint_policies.nothing_saveable) if self.remat_stage else f

@@ -35,6 +35,6 @@ def run(
 
     def body(x: jax.Array, scanned: tuple[M, Any]) -> tuple[jax.Array, Any]:
         layer, extra = scanned
-        return block(region.use(layer), x, extra)
+        return block(region.use_layer(layer), x, extra)
 
-    return lax.scan(region.checkpoint(body), x, (layers, per_layer))
+    return lax.scan(region.checkpoint(body), x, (region.use_stage(layers), per_layer))

@@ -18,8 +18,10 @@ from errors import UserError
 from layers import params
 from layers.model import ModelConfig
 from layers.region import Region
-from parallel.axes import BATCH_AXES, TENSOR
+from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
 from parallel.mesh import MeshConfig
+from parallel.plan import Gather, Remat
+from parallel.plan import Schedule as PipelineSchedule
 from training.optimizer import OptimizerConfig, at_least
 
 
@@ -139,21 +141,46 @@ class ExecutionConfig:
     """Dtype of matrices and activations; master weights and optimizer state are float32."""
     microbatches: int
     """The global batch is worked off in this many parts, gradients summed in float32."""
-    gather: Literal["once", "layer"]
-    """Weights are gathered over fsdp once per step, or in each layer (ZeRO-3)."""
-    remat: Literal["none", "dots", "full"]
-    """What a layer keeps for its backward pass: everything, matrix products, or nothing."""
+    gather: Gather
+    """Weights are gathered over fsdp once per step, once per microbatch and stage, or in each layer (ZeRO-3)."""
+    remat: Remat
+    """What a layer keeps for its backward pass: everything, matrix products, nothing, or its input in host memory."""
     loss_chunks: int
     """Pieces along the sequence in which logits and loss are computed."""
+    remat_stage: bool = False
+    """A pipeline's stage keeps only its input, and is run again for the backward pass ("1f1b" does so always)."""
+    schedule: PipelineSchedule = "gpipe"
+    """How microbatches pass through a pipeline: all forward, then all backward; or in turn ("1f1b"), memory flat in
+    microbatches."""
+    repeats: int = 1
+    """Times that a microbatch passes through every stage of a pipeline (circular schedule; with "gpipe")."""
+    skip_idle: bool = True
+    """In "1f1b" a stage does nothing in the ticks where it has nothing to do; False: it computes what is thrown away."""
+    attention: Literal["auto", "reference", "flash", "splash", "cudnn"] = "auto"
+    """Attention kernel; auto: by platform, dtype and shape (`layers.attention.select`)."""
 
     def __post_init__(self) -> None:
         at_least("execution.microbatches", self.microbatches, 1)
         _ = self.region  # validates the rest
+        if self.repeats < 1 or (self.repeats > 1 and self.schedule != "gpipe"):
+            raise UserError(
+                f"config: execution.repeats={self.repeats} with schedule {self.schedule!r}: at least 1, and more than 1 "
+                "only with gpipe"
+            )
 
     @property
     def region(self) -> Region:
-        """The manual region that these choices describe."""
-        return Region(self.compute_dtype, self.gather, self.remat, self.loss_chunks)
+        """The manual region that these choices describe; attention is the reference until the platform is known."""
+        return Region(
+            compute_dtype=self.compute_dtype,
+            gather=self.gather,
+            remat=self.remat,
+            remat_stage=self.remat_stage,
+            schedule=self.schedule,
+            repeats=self.repeats,
+            skip_idle=self.skip_idle,
+            loss_chunks=self.loss_chunks,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +290,18 @@ class RunConfig:
             degrees: mesh axis -> degree (``mesh.shape``).
         """
         params.check_divides(self.model.abstract, degrees)
+        stages, e = degrees[PIPELINE], self.execution
+        if stages > 1 and self.model.num_layers % (stages * e.repeats):
+            raise UserError(
+                f"mesh: pipeline * execution.repeats = {stages}*{e.repeats} does not divide the {self.model.num_layers} "
+                "layers, and every stage holds as many layers each time; change one of them"
+            )
+        if stages > 1 and e.schedule == "gpipe" and e.microbatches % stages:
+            raise UserError(
+                f"mesh: pipeline = {stages} does not divide execution.microbatches={e.microbatches}, and in the "
+                "schedule gpipe each stage embeds its share of them; change one of them, or set --execution.schedule "
+                "1f1b"
+            )
         rows = self.data.global_batch // self.execution.microbatches
         ways = degrees[BATCH_AXES[0]] * degrees[BATCH_AXES[1]]
         if rows % ways:
@@ -434,8 +473,11 @@ def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:
 
 
 #: May change between a run's interruption and its resumption.
-FREE = ("mesh", "execution.gather", "execution.remat", "execution.loss_chunks", "execution.microbatches",
-        "data.workers", "data.validation_every", "series.rolling_every_steps")  # fmt: skip
+FREE = (
+    "mesh", "execution.microbatches", "execution.gather", "execution.remat", "execution.remat_stage",
+    "execution.loss_chunks", "execution.schedule", "execution.repeats", "execution.skip_idle", "execution.attention",
+    "data.workers", "data.validation_every", "series.rolling_every_steps",
+)  # fmt: skip
 
 
 def _essential(config: RunConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Gradients are taken *inside* the manual region: it returns loss and gradients, e
 it there is only the optimizer, elementwise on sharded arrays.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.batch import Batch
@@ -19,8 +19,9 @@ from layers import params
 from layers.model import ModelConfig
 from layers.region import Region
 from parallel import axes
-from parallel.axes import BATCH_AXES
-from parallel.collectives import live, psum, vary
+from parallel.axes import BATCH_AXES, PIPELINE
+from parallel.collectives import psum
+from training.gradients import loss_and_gradients, loss_sum
 from training.state import TrainState, abstract_state, shardings
 
 Metrics = dict[str, jax.Array]
@@ -29,11 +30,6 @@ Metrics = dict[str, jax.Array]
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where the arrays of a `Batch`, [microbatches, rows, S], live."""
     return axes.sharding(mesh, "microbatch", "batch", "position")
-
-
-def _loss_sum(model: Any, region: Region, inputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    hidden, _ = model.hidden(inputs, region)
-    return model.loss(hidden, targets, weights, region)
 
 
 def make_loss_and_gradients(
@@ -48,39 +44,20 @@ def make_loss_and_gradients(
     graphdef = model.graphdef()
     param_specs = params.specs(params.shardings(model.abstract, mesh))
     batch_spec = batch_sharding(mesh).spec
+    exact = dataclasses.replace(region, compute_dtype="float32")
 
     def body(weights_in: Any, batch: Batch) -> tuple[jax.Array, Any]:
         counted = batch.weights if loss_over == "targets" else jnp.ones_like(batch.weights)
         count = psum(jnp.sum(counted), BATCH_AXES)
-        prepared, pull_back = jax.vjp(lambda p: region.prepare(nnx.merge(graphdef, p)), weights_in)
-
-        def one(prepared: Any, part: Batch) -> jax.Array:
-            return _loss_sum(prepared, region, *part) / count
-
-        gradient_of = jax.value_and_grad(one)
-        if batch.inputs.shape[0] == 1:
-            loss, gradients = gradient_of(prepared, jax.tree.map(lambda a: a[0], batch))
-        else:
-
-            def add(carry: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
-                loss, gradients = gradient_of(prepared, part)
-                total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), carry[1], gradients)
-                return (carry[0] + loss, total), None
-
-            zeros = jax.tree.map(lambda p: _zeros_like(p, jnp.float32), prepared)
-            (loss, gradients), _ = lax.scan(add, (vary(jnp.float32(0), BATCH_AXES), zeros), batch)
-            gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, prepared)
-        (gradients,) = pull_back(gradients)
-        return psum(loss, BATCH_AXES), gradients
+        model = region.begin(nnx.merge(graphdef, weights_in))
+        loss, gradients = loss_and_gradients(model, region, batch, count)
+        # The way back, in float32: linear, so that where it is taken does not matter and nothing is computed forward.
+        _, pull_back = jax.vjp(lambda w: exact.begin(nnx.merge(graphdef, w)), weights_in)
+        return psum(loss, (PIPELINE, *BATCH_AXES)), pull_back(gradients)[0]
 
     return jax.shard_map(
         body, mesh=mesh, in_specs=(param_specs, batch_spec), out_specs=(PartitionSpec(), param_specs), check_vma=True
     )
-
-
-def _zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
-    """Zeros that vary over the same mesh axes as ``x``."""
-    return vary(jnp.zeros(x.shape, dtype), tuple(jax.typeof(x).mat.varying))
 
 
 def make_train_step(
@@ -118,13 +95,9 @@ def make_eval_step(model: ModelConfig, region: Region, mesh: Mesh) -> Any:
     param_specs = params.specs(params.shardings(model.abstract, mesh))
 
     def body(weights_in: Any, batch: Batch) -> Metrics:
-        prepared = region.prepare(nnx.merge(graphdef, weights_in))
-
-        def add(total: jax.Array, part: Batch) -> tuple[jax.Array, None]:
-            return total + _loss_sum(prepared, region, *part), None
-
-        total, _ = lax.scan(add, vary(jnp.float32(0), live(BATCH_AXES)), batch)
-        return {"loss_sum": psum(total, BATCH_AXES), "weight": psum(jnp.sum(batch.weights), BATCH_AXES)}
+        model = region.begin(nnx.merge(graphdef, weights_in))
+        total = psum(loss_sum(model, region, batch), (PIPELINE, *BATCH_AXES))
+        return {"loss_sum": total, "weight": psum(jnp.sum(batch.weights), BATCH_AXES)}
 
     return jax.jit(
         jax.shard_map(

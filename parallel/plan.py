@@ -1,0 +1,60 @@
+"""A plan: a mesh, and how one training step is carried out on it. What the planner chooses and the compiler checks."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from errors import UserError
+from parallel.mesh import MeshConfig
+
+#: How microbatches pass through the stages: all forward, then all backward (by autodiff; with ``repeats`` above 1
+#: circular, also called interleaved); or one forward and one backward in turn, memory flat in microbatches.
+Schedule = Literal["gpipe", "1f1b"]
+#: When weights are gathered over ``fsdp``: once per step (whole weights stay live), once per microbatch and stage, or in
+#: each layer (ZeRO-3).
+Gather = Literal["once", "tick", "layer"]
+#: What a layer keeps for its backward pass: everything; the results of matrix products; nothing; or nothing on the
+#: device, its input going to host memory and back.
+Remat = Literal["none", "dots", "full", "offload"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that decides speed and memory of a step and, but for rounding, nothing of its result."""
+
+    mesh: MeshConfig
+    """Degrees, none of them -1."""
+    microbatches: int = 1
+    """Parts that the global batch is worked off in."""
+    schedule: Schedule = "gpipe"
+    """Without a pipeline the two are the same: one microbatch after the other."""
+    repeats: int = 1
+    """Times that a microbatch passes through every stage, each time through other layers (circular schedule)."""
+    gather: Gather = "layer"
+    remat: Remat = "none"
+    remat_stage: bool = False
+    """Keep only the input of a stage for its backward pass (a microbatch's, without a pipeline), and run the stage
+    again; ``remat`` then says what that second run keeps. "1f1b" does so always."""
+
+    def __post_init__(self) -> None:
+        choose("gather", self.gather, Gather)
+        choose("remat", self.remat, Remat)
+        choose("schedule", self.schedule, Schedule)
+        for name in ("microbatches", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"plan: {name}={getattr(self, name)}: must be at least 1")
+        if self.repeats > 1 and self.schedule != "gpipe":
+            raise UserError(f"plan: repeats={self.repeats} needs schedule gpipe, not {self.schedule!r}")
+
+    def __str__(self) -> str:
+        parts = [str(self.mesh), f"microbatches={self.microbatches}", f"gather={self.gather}", f"remat={self.remat}"]
+        if self.mesh.pipeline > 1:
+            parts.insert(2, f"{self.schedule}" + (f" x{self.repeats}" if self.repeats > 1 else ""))
+        if self.remat_stage:
+            parts.append("remat_stage")
+        return " ".join(parts)
+
+
+def choose(name: str, value: str, names: object) -> None:
+    """Refuse a value that is not one of a Literal's (UserError)."""
+    if value not in get_args(names):
+        raise UserError(f"{name} {value!r}: choose from {', '.join(get_args(names))}")
