@@ -7,7 +7,7 @@ from flax import nnx
 from jax import lax
 
 from layers import stack, vocabulary
-from layers.attention import Cache, Slots
+from layers.attention import Cache, Documents, Slots
 from layers.region import Region
 from layers.vocabulary import Embedding, Head, TiedHead
 from parallel import pipeline
@@ -23,10 +23,10 @@ class Block(nnx.Module):
         self.mlp = mlp
 
     def __call__(
-        self, x: jax.Array, region: Region, cache: Cache | None, slots: Slots | None
+        self, x: jax.Array, region: Region, cache: Cache | None, reach: Slots | Documents | None
     ) -> tuple[jax.Array, Cache | None]:
         """Residual stream and cache in and out."""
-        y, cache = self.attention(self.attention_norm(x), region, cache, slots)
+        y, cache = self.attention(self.attention_norm(x), region, cache, reach)
         x = x + y
         return x + self.mlp(self.mlp_norm(x), region), cache
 
@@ -50,7 +50,7 @@ class Decoder(nnx.Module):
         x: jax.Array,
         region: Region,
         cache: Cache | None = None,
-        reach: Any = None,
+        reach: Slots | Documents | None = None,
         keep_layers: bool = False,
         repeat: Any = None,
     ) -> tuple[jax.Array, Any]:
@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
         x: jax.Array,
         region: Region,
         cache: Cache | None = None,
-        reach: Any = None,
+        reach: Slots | Documents | None = None,
         keep_layers: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Residual stream -> (residual stream after the last layer of all, cache or per-layer streams [L, ...])."""
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         region: Region,
         cache: Cache | None = None,
-        reach: Any = None,
+        reach: Slots | Documents | None = None,
         keep_layers: bool = False,
     ) -> tuple[jax.Array, Any]:
         """`embed`, then `blocks`."""

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from errors import UserError
 from layers import params
+from layers.attention import Documents, documents
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
 from parallel.collectives import all_gather, axis_index, deal, psum, psum_scatter, vary
 from parallel.plan import Gather, Remat, Schedule, choose
@@ -58,8 +59,12 @@ class Region:
     skip_idle: bool = True
     """"1f1b": a stage does nothing in the ticks where it has nothing to do. False: it computes what is thrown away,
     for platforms that cannot run collectives in a branch that only some stages take."""
+    unroll: int = 1
+    """Layers in one turn of the loop over them; all of them: no loop, and a compile time that grows with the layers."""
     attention: str = "reference"
     """Attention kernel, a name in `layers.attention.KERNELS`."""
+    document_end: int | None = None
+    """Token that closes a document: attention does not reach back beyond it. None: rows are read as one text."""
     loss_chunks: int = 1
     """The loss is computed in this many pieces along the sequence, so that full logits never exist."""
     sequence_sharded: bool = True
@@ -71,8 +76,9 @@ class Region:
         choose("gather", self.gather, Gather)
         choose("remat", self.remat, Remat)
         choose("schedule", self.schedule, Schedule)
-        if self.loss_chunks < 1:
-            raise UserError(f"loss_chunks {self.loss_chunks}: must be at least 1")
+        for name in ("loss_chunks", "unroll", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -109,6 +115,10 @@ class Region:
     def use_layer(self, layer: M) -> M:
         """Called where one layer is used: gathers its weights in mode ``layer``."""
         return params.gather(layer, self.dtype) if self.gather == "layer" else layer
+
+    def reach(self, tokens: jax.Array) -> Documents | None:
+        """What positions of rows of tokens [B, S] may read, besides nothing that comes after them."""
+        return None if self.document_end is None else documents(tokens, self.document_end)
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Residual stream -> whole rows, input of a column-parallel matrix. [B, S/tensor, D] -> [B, S, D]."""

@@ -37,4 +37,4 @@ def run(
         layer, extra = scanned
         return block(region.use_layer(layer), x, extra)
 
-    return lax.scan(region.checkpoint(body), x, (region.use_stage(layers), per_layer))
+    return lax.scan(region.checkpoint(body), x, (region.use_stage(layers), per_layer), unroll=region.unroll)

@@ -15,7 +15,7 @@ from data.loader import SyntheticData, TokenData
 from data.mixture import Part
 from data.sample import PhaseSamples, Schedule
 from errors import UserError
-from layers import params
+from layers import attention, params
 from layers.model import ModelConfig
 from layers.region import Region
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
@@ -51,6 +51,9 @@ class DataConfig:
     """Windows that count as one file where a mixture takes every second file of a source (fact sheet 3.4, 3.5)."""
     bos_sources: tuple[str, ...] = ()
     """Sources whose documents begin with `<s>` (fact sheet 3.5)."""
+    document_end: int | None = None
+    """Token that ends a document: attention does not reach back beyond it, so that packed documents do not see one
+    another. None: it does, as in the originals."""
     workers: int = 0
     """Loader processes; does not change what is read."""
     validation_every: int = 1
@@ -155,17 +158,19 @@ class ExecutionConfig:
     repeats: int = 1
     """Times that a microbatch passes through every stage of a pipeline (circular schedule; with "gpipe")."""
     skip_idle: bool = True
-    """In "1f1b" a stage does nothing in the ticks where it has nothing to do; False: it computes what is thrown away."""
+    """In "1f1b" a stage is idle where it has nothing to do; False: it then computes what is thrown away."""
+    unroll: int = 1
+    """Layers in one turn of the loop over them: more may run faster and compile longer."""
     attention: Literal["auto", "reference", "flash", "splash", "cudnn"] = "auto"
     """Attention kernel; auto: by platform, dtype and shape (`layers.attention.select`)."""
 
     def __post_init__(self) -> None:
         at_least("execution.microbatches", self.microbatches, 1)
         _ = self.region  # validates the rest
-        if self.repeats < 1 or (self.repeats > 1 and self.schedule != "gpipe"):
+        if self.repeats > 1 and self.schedule != "gpipe":
             raise UserError(
-                f"config: execution.repeats={self.repeats} with schedule {self.schedule!r}: at least 1, and more than 1 "
-                "only with gpipe"
+                f"config: execution.repeats={self.repeats} is for the schedule gpipe, not {self.schedule!r}; change "
+                "one of them"
             )
 
     @property
@@ -179,6 +184,7 @@ class ExecutionConfig:
             schedule=self.schedule,
             repeats=self.repeats,
             skip_idle=self.skip_idle,
+            unroll=self.unroll,
             loss_chunks=self.loss_chunks,
         )
 
@@ -230,6 +236,9 @@ class RunConfig:
                 f"config: execution.loss_chunks={e.loss_chunks} does not divide "
                 f"data.sequence_length={d.sequence_length}"
             )
+        end = d.document_end
+        if end is not None and not 0 <= end < self.model.vocab_size:
+            raise UserError(f"config: data.document_end={end} is no token of a vocabulary of {self.model.vocab_size}")
         for name, seed in (("seed", self.seed), ("data.seed", d.seed)):
             if not 0 <= seed < 2**32:
                 raise UserError(f"config: {name}={seed} must be at least 0 and below 2**32")
@@ -249,6 +258,17 @@ class RunConfig:
                 f"config: the phases have {'+'.join(map(str, chunks))} chunks, and data.chunks is {d.chunks}; set "
                 "--phases.N.chunks to match"
             )
+
+    def region(self, platform: str) -> Region:
+        """How the model runs in the manual region on a platform: ``device.platform``, which decides on attention."""
+        kernel = attention.select(
+            self.execution.attention,
+            platform=platform,
+            dtype=self.execution.compute_dtype,
+            head_dim=self.model.head_dim,
+            length=self.data.sequence_length,
+        )
+        return dataclasses.replace(self.execution.region, attention=kernel, document_end=self.data.document_end)
 
     @property
     def phase_steps(self) -> tuple[int, ...]:
@@ -293,8 +313,8 @@ class RunConfig:
         stages, e = degrees[PIPELINE], self.execution
         if stages > 1 and self.model.num_layers % (stages * e.repeats):
             raise UserError(
-                f"mesh: pipeline * execution.repeats = {stages}*{e.repeats} does not divide the {self.model.num_layers} "
-                "layers, and every stage holds as many layers each time; change one of them"
+                f"mesh: pipeline * execution.repeats = {stages}*{e.repeats} does not divide the "
+                f"{self.model.num_layers} layers, and every stage holds as many layers each time; change one of them"
             )
         if stages > 1 and e.schedule == "gpipe" and e.microbatches % stages:
             raise UserError(
@@ -475,8 +495,8 @@ def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:
 #: May change between a run's interruption and its resumption.
 FREE = (
     "mesh", "execution.microbatches", "execution.gather", "execution.remat", "execution.remat_stage",
-    "execution.loss_chunks", "execution.schedule", "execution.repeats", "execution.skip_idle", "execution.attention",
-    "data.workers", "data.validation_every", "series.rolling_every_steps",
+    "execution.loss_chunks", "execution.schedule", "execution.repeats", "execution.skip_idle", "execution.unroll",
+    "execution.attention", "data.workers", "data.validation_every", "series.rolling_every_steps",
 )  # fmt: skip
 
 

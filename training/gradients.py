@@ -32,7 +32,7 @@ def loss_and_gradients(model: Decoder, region: Region, batch: Batch, count: Any)
     if stages > 1 and region.schedule == "1f1b":
         return pipeline.one_forward_one_backward(
             lambda model, n: model.embed(pipeline.at(batch.inputs, n), region),
-            lambda model, n, x: _stage(model, region, batch, n, x),
+            lambda model, n, x: _stage(model, region, pipeline.at(batch.inputs, n), x),
             lambda model, n, y: _loss(model, region, y, pipeline.at(batch, n)) / count,
             model,
             batch.inputs.shape[0],
@@ -71,11 +71,12 @@ def loss_sum(model: Any, region: Region, batch: Batch) -> jax.Array:
     # One microbatch at a time: before tensor parallelism splits it, the looked up stream is a whole [rows, S, D].
     _, x = lax.scan(lambda _, inputs: (None, vary(model.embed(inputs, region))), None, mine.inputs)
 
-    stage = region.checkpoint_stage(lambda model, repeat, n, x: _stage(model, region, batch, n, x, repeat))
-    repeats = region.repeats
-    y = pipeline.gpipe(
-        lambda repeat, n, x: stage(model, repeat if repeats > 1 else None, n, x), all_gather(x, PIPELINE, 0), repeats
-    )
+    run = region.checkpoint_stage(lambda model, tokens, x, repeat: _stage(model, region, tokens, x, repeat))
+
+    def stage(repeat: Any, n: Any, x: jax.Array) -> jax.Array:
+        return run(model, pipeline.at(batch.inputs, n), x, repeat if region.repeats > 1 else None)
+
+    y = pipeline.gpipe(stage, all_gather(x, PIPELINE, 0), region.repeats)
     y = psum_scatter(y, PIPELINE, 0)
     first = _zeros((), mine.weights)
     return lax.scan(lambda t, part: (t + _loss(model, region, *part), None), first, (y, mine))[0]
@@ -83,13 +84,13 @@ def loss_sum(model: Any, region: Region, batch: Batch) -> jax.Array:
 
 def _whole(model: Any, region: Region, part: Batch) -> jax.Array:
     """The loss of one microbatch, without a pipeline."""
-    stage = region.checkpoint_stage(lambda model, x: model.stage(x, region)[0])
-    return _loss(model, region, stage(model, model.embed(part.inputs, region)), part)
+    run = region.checkpoint_stage(lambda model, x: _stage(model, region, part.inputs, x))
+    return _loss(model, region, run(model, model.embed(part.inputs, region)), part)
 
 
-def _stage(model: Any, region: Region, batch: Batch, n: Any, x: jax.Array, repeat: Any = None) -> jax.Array:
-    """What a stage makes of microbatch n."""
-    return model.stage(x, region, repeat=repeat)[0]
+def _stage(model: Any, region: Region, tokens: jax.Array, x: jax.Array, repeat: Any = None) -> jax.Array:
+    """What a stage makes of a microbatch [rows, S] of tokens, whose residual stream arrives as x."""
+    return model.stage(x, region, reach=region.reach(tokens), repeat=repeat)[0]
 
 
 def _loss(model: Any, region: Region, y: jax.Array, part: Batch) -> jax.Array:

@@ -57,7 +57,8 @@ class Program:
 
     def compile(self) -> "Program":
         """This plan with its steps traced and compiled."""
-        config, mesh, region = self.config, self.mesh, self.config.execution.region
+        config, mesh = self.config, self.mesh
+        region = config.region(mesh.devices.flat[0].platform)
         train_step = steps.make_train_step(
             config.model, self.optimizer, self.learning_rate, region, mesh, config.loss_over
         )
