@@ -1,0 +1,181 @@
+"""Any mesh, schedule, gather mode and rematerialisation computes the loss and the gradients of one device."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from crystal_jax.recipes import crystal_tiny
+from data.batch import Batch
+from parallel.mesh import MeshConfig
+from training.state import init_state
+from training.step import batch_sharding, make_eval_step, make_loss_and_gradients
+
+ROWS = 16
+
+#: (mesh, microbatches, how)
+CASES = [
+    ("data=8", 2, {"gather": "once"}),
+    ("fsdp=8", 2, {"gather": "tick", "remat": "full", "remat_stage": True}),
+    ("tensor=8", 4, {"remat": "dots", "loss_chunks": 4}),
+    ("data=2,fsdp=2,tensor=2", 2, {"gather": "once", "remat": "full", "loss_chunks": 2}),
+    ("pipeline=8", 8, {"gather": "once", "remat": "full", "remat_stage": True}),
+    ("pipeline=8", 16, {"schedule": "1f1b"}),
+    ("pipeline=2,fsdp=2,tensor=2", 4, {"schedule": "1f1b", "loss_chunks": 2}),
+    ("pipeline=2,fsdp=2,tensor=2", 4, {"schedule": "1f1b", "gather": "tick", "skip_idle": False}),
+    ("pipeline=2,data=2,fsdp=2", 4, {"repeats": 2, "gather": "tick", "remat_stage": True}),
+    ("pipeline=4,tensor=2", 8, {"schedule": "1f1b", "gather": "once", "remat": "dots"}),
+    ("pipeline=4,tensor=2", 4, {"repeats": 2, "gather": "once", "remat": "dots", "remat_stage": True}),
+    ("pipeline=2,data=2,tensor=2", 2, {"remat": "full"}),
+]
+CRYSTAL = [
+    ("tensor=2", 1, {}),
+    ("tensor=8", 1, {"gather": "once"}),
+    ("pipeline=2,tensor=4", 2, {"schedule": "1f1b", "gather": "once"}),
+    ("pipeline=2,fsdp=2,tensor=2", 4, {"repeats": 2, "gather": "tick"}),
+    ("pipeline=8", 8, {}),
+]
+
+
+@pytest.fixture
+def deep(tiny):
+    """Eight layers, so that eight stages hold one each."""
+    return dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, num_layers=8),
+        data=dataclasses.replace(tiny.data, global_batch=ROWS),
+    )
+
+
+@pytest.fixture
+def crystal():
+    """crystal_tiny at that size; no tensor degree above 2 divides its MLP."""
+    recipe = crystal_tiny()
+    model = dataclasses.replace(
+        recipe.model, vocab_size=64, context_length=32, num_layers=8, embed=32, num_heads=8, head_dim=4, mlp=46,
+        rotary_dims=2,
+    )  # fmt: skip
+    data = dataclasses.replace(recipe.data, global_batch=ROWS, sequence_length=32)
+    return dataclasses.replace(recipe, model=model, data=data)
+
+
+def batch(config, microbatches, mesh):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(config.model.vocab_size, size=(ROWS, 33)).astype(np.int32).reshape(microbatches, -1, 33)
+    weights = (rng.random((ROWS, 32)) < 0.8).astype(np.float32).reshape(microbatches, -1, 32)
+    return jax.device_put(Batch(tokens[..., :-1], tokens[..., 1:], weights), batch_sharding(mesh))
+
+
+@functools.cache
+def program(config, mesh, microbatches, how):
+    degrees = MeshConfig.parse(mesh)
+    config = dataclasses.replace(
+        config, execution=dataclasses.replace(config.execution, microbatches=microbatches, **dict(how))
+    )
+    config.check_mesh(degrees.degrees)
+    built = degrees.build(jax.devices()[: degrees.size])
+    state = init_state(config.model, config.optimizer.make((1,) * len(config.phases)), built, config.seed)
+    region = config.execution.region
+    return config, built, state.params, region
+
+
+def loss_and_gradients(config, mesh, microbatches, how):
+    config, built, params, region = program(config, mesh, microbatches, tuple(how.items()))
+    step = jax.jit(make_loss_and_gradients(config.model, region, built, config.loss_over))
+    loss, gradients = step(params, batch(config, microbatches, built))
+    return float(loss), jax.tree.map(np.asarray, gradients)
+
+
+@functools.cache
+def one_device(config):
+    return loss_and_gradients(config, "data=1", 1, {})
+
+
+def check_equal(config, mesh, microbatches, how):
+    loss, gradients = loss_and_gradients(config, mesh, microbatches, how)
+    expected, expected_gradients = one_device(config)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    ours, theirs = (jax.tree_util.tree_leaves_with_path(g) for g in (gradients, expected_gradients))
+    for (path, g), (_, e) in zip(ours, theirs, strict=True):
+        largest = np.max(np.abs(e))
+        assert np.max(np.abs(g - e)) <= 1e-5 * largest, f"{jax.tree_util.keystr(path)} of {mesh} {how}"
+
+
+@pytest.mark.parametrize(("mesh", "microbatches", "how"), CASES, ids=str)
+def test_amber(deep, mesh, microbatches, how):
+    check_equal(deep, mesh, microbatches, how)
+
+
+@pytest.mark.parametrize(("mesh", "microbatches", "how"), CRYSTAL, ids=str)
+def test_crystal(crystal, mesh, microbatches, how):
+    check_equal(crystal, mesh, microbatches, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", sorted({mesh for mesh, *_ in CASES}))
+@pytest.mark.parametrize("family", ["amber", "crystal"])
+def test_every_way(deep, crystal, family, mesh):
+    """All schedules, gather modes and rematerialisations on every mesh, accumulation included."""
+    config = deep if family == "amber" else crystal
+    degrees = MeshConfig.parse(mesh)
+    microbatches = 8 if degrees.pipeline == 8 else 2 if degrees.data * degrees.fsdp == 8 else 4
+    schedules = [{"schedule": "gpipe"}, {"schedule": "1f1b"}] if degrees.pipeline > 1 else [{}]
+    if degrees.pipeline in (2, 4):
+        schedules.append({"schedule": "gpipe", "repeats": 8 // degrees.pipeline})
+    for schedule, gather, remat, stage in itertools.product(
+        schedules, ("once", "tick", "layer"), ("none", "dots", "full"), (False, True)
+    ):
+        how = dict(schedule, gather=gather, remat=remat, remat_stage=stage)
+        check_equal(config, mesh, microbatches, how)
+
+
+def test_evaluation_through_a_pipeline_takes_any_number_of_microbatches(deep, mesh_of):
+    """Eight stages and one microbatch, or two: the rest of the share is padding that counts nothing."""
+    _, one, params, region = program(deep, "data=1", 1, ())
+    expected = make_eval_step(deep.model, region, one)(params, batch(deep, 1, one))
+    for mesh, microbatches in (("pipeline=8", 2), ("pipeline=2,data=2,tensor=2", 1)):
+        config, built, params, region = program(deep, mesh, microbatches, (("schedule", "1f1b"),))
+        got = make_eval_step(config.model, region, built)(params, batch(config, microbatches, built))
+        np.testing.assert_allclose(got["loss_sum"], expected["loss_sum"], rtol=1e-6)
+        assert float(got["weight"]) == float(expected["weight"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [("data=1", {}), ("pipeline=2,tensor=2", {"schedule": "1f1b"}), ("pipeline=2,tensor=2", {"remat_stage": True})],
+    ids=str,
+)
+def test_packed_documents_equal_documents_alone(deep, mesh, how):
+    """Two documents in a row, kept apart, cost what they cost in rows of their own; read as one text they do not."""
+    end, length = 7, 16
+    separate = dataclasses.replace(deep, data=dataclasses.replace(deep.data, document_end=end))
+    rng = np.random.default_rng(0)
+    documents = rng.integers(8, 64, size=(ROWS, 2, length + 1)).astype(np.int32)
+    documents[:, :, -2:] = end  # the last input of a document, and what would be its next
+    ones, none = np.ones((ROWS, length - 1), np.float32), np.zeros((ROWS, 1), np.float32)
+    weights = np.concatenate([ones, none, ones, none], axis=1)
+    packed = Batch(
+        np.concatenate([documents[:, 0, :-1], documents[:, 1, :-1]], axis=1),
+        np.concatenate([documents[:, 0, 1:], documents[:, 1, 1:]], axis=1),
+        weights,
+    )
+    rows = []
+    for n in (0, 1):  # each document alone at the beginning of a row, followed by nothing that counts
+        filler = np.full((ROWS, length), end, np.int32)
+        halves = (np.concatenate([documents[:, n, a : a + length], filler], axis=1) for a in (0, 1))
+        rows.append(Batch(*halves, np.concatenate([ones, none, none.repeat(length, 1)], axis=1)))
+
+    def loss(config, batch):
+        _, built, params, _ = program(config, mesh, 2, tuple(how.items()))
+        region = dataclasses.replace(config.execution, **how)
+        region = dataclasses.replace(config, execution=region).region("cpu")
+        put = Batch(*(a.reshape(2, ROWS // 2, -1) for a in batch))
+        total = make_eval_step(config.model, region, built)(params, jax.device_put(put, batch_sharding(built)))
+        return float(total["loss_sum"])
+
+    alone = sum(loss(deep, row) for row in rows)
+    np.testing.assert_allclose(loss(separate, packed), alone, rtol=1e-6)
+    assert abs(loss(deep, packed) - alone) > 1e-4 * alone
