@@ -9,8 +9,8 @@ from parallel.mesh import MeshConfig
 #: How microbatches pass through the stages: all forward, then all backward (by autodiff; with ``repeats`` above 1
 #: circular, also called interleaved); or one forward and one backward in turn, memory flat in microbatches.
 Schedule = Literal["gpipe", "1f1b"]
-#: When weights are gathered over ``fsdp``: once per step (whole weights stay live), once per microbatch and stage, or in
-#: each layer (ZeRO-3).
+#: When weights are gathered over ``fsdp``: once per step (whole weights stay live), once per microbatch and stage, or
+#: in each layer (ZeRO-3).
 Gather = Literal["once", "tick", "layer"]
 #: What a layer keeps for its backward pass: everything; the results of matrix products; nothing; or nothing on the
 #: device, its input going to host memory and back.
