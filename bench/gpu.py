@@ -14,12 +14,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 #: Name -> what differs from the first.
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "auto": {},
     "flash": {"attention": "flash"},
     "reference": {"attention": "reference"},

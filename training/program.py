@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from data.batch import Batch
 from data.loader import TokenData
 from data.sample import Sample
+from layers.region import Region
 from parallel import topology
 from training import state as states
 from training import step as steps
@@ -55,22 +56,29 @@ class Program:
         learning_rate = config.optimizer.schedule(config.phase_steps)
         return cls(config, mesh, optimizer, learning_rate, states.abstract_state(config.model, optimizer, mesh))
 
+    def trace(self) -> Any:
+        """The train step as `jax.jit(…).trace` returns it; nothing is compiled, and no device is touched."""
+        step = steps.make_train_step(
+            self.config.model, self.optimizer, self.learning_rate, self.region, self.mesh, self.config.loss_over
+        )
+        return step.trace(self.abstract, abstract_batch(self.config, self.mesh))
+
+    @property
+    def region(self) -> Region:
+        """How the model runs on the mesh's platform."""
+        return self.config.region(self.mesh.devices.flat[0].platform)
+
     def compile(self) -> "Program":
         """This plan with its steps traced and compiled."""
-        config, mesh = self.config, self.mesh
-        region = config.region(mesh.devices.flat[0].platform)
-        train_step = steps.make_train_step(
-            config.model, self.optimizer, self.learning_rate, region, mesh, config.loss_over
-        )
         start = time.perf_counter()
-        compiled = train_step.lower(self.abstract, abstract_batch(config, mesh)).compile()
+        compiled = self.trace().lower().compile()
         return dataclasses.replace(
             self,
             train_step=compiled,
-            eval_step=steps.make_eval_step(config.model, region, mesh),
+            eval_step=steps.make_eval_step(self.config.model, self.region, self.mesh),
             compile_s=time.perf_counter() - start,
             peak_bytes=planned_bytes(compiled),
-            peak=topology.peak(list(mesh.devices.flat)),
+            peak=topology.peak(list(self.mesh.devices.flat)),
         )
 
     def init(self) -> TrainState:
@@ -140,9 +148,14 @@ def planned_bytes(compiled: Any) -> int:
     stats = compiled.memory_analysis()
     if stats is None:
         return 0
-    upper = (
+    if not _on_cpu(compiled):
+        return int(stats.peak_memory_in_bytes)
+    # XLA's CPU compiler leaves temporaries out of its peak.
+    return int(
         stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     )
-    peak = int(getattr(stats, "peak_memory_in_bytes", 0))
-    # XLA's CPU compiler leaves temporaries out of its peak, so that it is smaller than they are.
-    return peak if peak > stats.temp_size_in_bytes else int(upper)
+
+
+def _on_cpu(compiled: Any) -> bool:
+    first = jax.tree.leaves(compiled.input_shardings)[0]
+    return next(iter(first.device_set)).platform == "cpu"
