@@ -41,11 +41,12 @@ def one(recipe, batch, steps, way):
 
     config = recipes()[recipe]()
     changed = WAYS[way] | ({"unroll": config.model.num_layers} if WAYS[way].get("unroll") == 0 else {})
+    asked: dict[str, Any] = {"remat": "full", "microbatches": 1, **changed}
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(),
         data=dataclasses.replace(config.data, global_batch=batch, workers=0),
-        execution=dataclasses.replace(config.execution, **{"remat": "full", "microbatches": 1} | changed),
+        execution=dataclasses.replace(config.execution, **asked),
     )
     print(json.dumps(loop.time_steps(config, config.synthetic(steps), steps, lambda n: None)))
 
