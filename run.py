@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from errors import RunError, UserError
+from parallel.distributed import HostFlags, is_lead
 from training.config import RunConfig
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
@@ -120,7 +121,34 @@ class Train:
     steps: int | None = None
     """Stop after this many steps in all (with synthetic data and no --run: time this many)."""
     simulate: int | None = None
-    """Train on this many simulated CPU devices."""
+    """Train on this many simulated CPU devices (of each process)."""
+    hosts: Annotated[HostFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=HostFlags)
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArgs:
+    """Rank the ways to train a recipe on a topology, say why, and let the compiler of the platform check them."""
+
+    config: Config
+    topology: str
+    """v5p:4x4x8, 2*v5e:16x16 (slices), h100:4x8 (nodes x GPUs), cpu:8, or amber (LLM360's cluster); @0.1 after it
+    takes a tenth of its network."""
+    objective: Literal["time", "memory", "cost"] = "time"
+    """Least time of a step, least memory, or fewest chip-hours (smaller topologies of the chip are looked at too)."""
+    top: int = 10
+    """Show so many plans."""
+    explain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the arithmetic of the best plan."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the best plans for the topology, which need not be there, and compare; half a minute each for 7B."""
+    verify_top: int = 3
+    """With --verify: so many of them."""
+    cache: Path = Path(".cache/compiled")
+    """Folder that keeps what the compiler answered."""
+    timeout_s: float = 600.0
+    """Time for each compilation."""
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -562,14 +590,25 @@ def _published(path: Path, config: RunConfig) -> Any:
 
 
 def train(args: Train) -> tuple[dict[str, Any], int]:
-    """Verb `train`."""
+    """Verb `train`: this process's part, if there are several."""
+    from parallel import distributed
+    from parallel.mesh import simulate
+
+    if args.simulate is not None:
+        simulate(args.simulate, check=args.hosts.processes == 1)
+    with distributed.start(args.hosts) as hosts:
+        if hosts.processes > 1 and distributed.is_lead():
+            note(f"{hosts.processes} processes, as said by {hosts.how}")
+        return _train(args, distributed.is_lead())
+
+
+def _train(args: Train, lead: bool) -> tuple[dict[str, Any], int]:
     from data.mixed import MixedData
     from training import loop
 
-    _simulate(args.simulate)
-    config = args.config
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
+    config = _planned(args.config, lead) if args.config.mesh.is_auto else args.config
     data: Any
     if args.data == "synthetic":
         if args.mixture is not None:
@@ -578,8 +617,8 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
         data = config.synthetic(max(100, 0 if args.run else args.steps or 0))
         if args.run is None:
             steps = args.steps or 10
-            timing = loop.time_steps(config, data, steps, lambda n: note(f"step {n + 1}/{steps}"))
-            if not args.json:
+            timing = loop.time_steps(config, data, steps, lambda n: note(f"step {n + 1}/{steps}") if lead else None)
+            if lead and not args.json:
                 print("\n".join(f"{k:32} {v}" for k, v in timing.items()))
             return timing, 0
     else:
@@ -589,11 +628,86 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
     if args.run is None:
         raise UserError("train: --run DIR is missing; only --data synthetic works without one")
     outcome = loop.train(config, args.run, data, families(), stop_at=args.steps)
-    if not args.json:
+    if lead and not args.json:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         again = "" if outcome.reason == "finished" else "; the same command continues"
         print(f"{args.run}: {outcome.reason} after {outcome.step} steps, {outcome.tokens:,} tokens{loss}{again}")
     return dataclasses.asdict(outcome), EXIT_STOPPED if outcome.reason == "interrupted" else 0
+
+
+def _planned(config: RunConfig, lead: bool) -> RunConfig:
+    """The config with the plan that is predicted to be the fastest on the devices that are there."""
+    import jax
+
+    from parallel.topology import Topology
+    from training import planning
+
+    config, prediction = planning.auto(config, Topology.of(jax.devices()))
+    if lead:
+        memory = f"{prediction.bytes / 1e9:.2f} GB a device, predicted"
+        note(f"--mesh auto, {prediction.topology}: {prediction.plan} ({memory})")
+    return config
+
+
+def compiles() -> dict[str, Any]:
+    """How `training.plan_check.check` has one plan compiled, and the files that make the program."""
+    here = Path(__file__).resolve()
+    names = ("parallel", "layers", "training", "amber_jax", "crystal_jax", "data/batch.py")
+    return {"command": [sys.executable, str(here), COMPILE], "sources": [here.parent / name for name in names]}
+
+
+def plan(args: PlanArgs) -> tuple[dict[str, Any], int]:
+    """Verb `plan`. Exit code 1: a plan that was said to fit was refused, or could not be compiled."""
+    from parallel import planner
+    from parallel.topology import Topology
+    from training import plan_check, planning
+
+    topology = Topology.parse(args.topology)
+    if args.verify:
+        plan_check.target(topology)
+    mesh = None if args.config.mesh.is_auto else args.config.mesh.resolve(topology.devices)
+    workload = planning.workload(args.config, topology.chip.platform)
+    ranking = planner.rank(workload, topology, args.objective, only_mesh=mesh)
+    best = ranking.best[: args.top]
+    if not args.json:
+        print("\n".join(planner.lines(ranking, args.top)))
+    if args.explain and not args.json:
+        print("\n".join(["", *planner.explain(best[0])]))
+    result = {
+        "topology": str(topology),
+        "objective": args.objective,
+        "plans": [
+            {
+                "topology": str(p.topology),
+                "plan": {**dataclasses.asdict(p.plan), "mesh": str(p.plan.mesh)},
+                "predicted_step_s": p.seconds,
+                "predicted_peak_bytes": round(p.bytes),
+                "predicted_chip_hours_per_trillion_tokens": p.chip_hours,
+            }
+            for p in best
+        ],
+        "rejected": [r._asdict() if hasattr(r, "_asdict") else dataclasses.asdict(r) for r in ranking.rejected],
+    }
+    if args.explain:
+        result["explained"] = planner.explain(best[0])
+    if not args.verify:
+        return result, 0
+    if not args.json:
+        print(
+            "\ncompiled for the same chips (memory of a device; step time predicted, by our bytes and the compiler's):"
+        )
+        print(plan_check.HEAD)
+    checked = plan_check.check(
+        args.config,
+        workload,
+        ranking.best[: args.verify_top],
+        **compiles(),
+        cache=args.cache,
+        timeout_s=args.timeout_s,
+        progress=lambda c: note(plan_check.line(c)) if args.json else print(plan_check.line(c), flush=True),
+    )
+    result["checked"] = [c.row() for c in checked]
+    return result, 0 if all(c.fits for c in checked) else 1
 
 
 def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
@@ -867,6 +981,7 @@ def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
 VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "demo": (Demo, False, run_demo),
     "prepare": (Prepare, True, prepare),
+    "plan": (PlanArgs, True, plan),
     "train": (Train, True, train),
     "series": (SeriesArgs, False, series),
     "trace": (Trace, False, trace),
@@ -878,11 +993,19 @@ VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
 }
 
 
+#: What `plan --verify` starts for each plan: reads a request on standard input and answers it. Not for people.
+COMPILE = "_compile"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     try:
+        if argv == [COMPILE]:
+            from training.ahead import serve
+
+            return serve(families())
         if not argv or argv[0] in ("-h", "--help"):
             print(_overview())
             return 0
@@ -892,7 +1015,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, takes_recipe, function = VERBS[verb]
         result = function(_parse(verb, arguments, takes_recipe, rest))
         value, code = result if isinstance(result, tuple) else (result, 0)
-        if as_json:
+        if as_json and is_lead():
             print(json.dumps(value))
         return code
     except UserError as e:
@@ -962,7 +1085,10 @@ def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> An
             )
         prog += f" {name}"
         missing = {f.name: tyro.MISSING for f in dataclasses.fields(arguments) if f.default is dataclasses.MISSING}
-        default = arguments(**{**missing, "config": known[name]()})
+        config = known[name]()
+        if arguments is PlanArgs:  # a mesh that is given is one to keep to
+            config = dataclasses.replace(config, mesh=MeshConfig.parse("auto"))
+        default = arguments(**{**missing, "config": config})
     with registry:
         return tyro.cli(arguments, args=rest, prog=prog, default=default, description=arguments.__doc__)
 

@@ -24,16 +24,26 @@ def live(axes: Sequence[str]) -> tuple[str, ...]:
 def vary(x: jax.Array, axes: Sequence[str] = MESH_AXES) -> jax.Array:
     """Mark ``x`` as different on each device along ``axes``.
 
-    The transpose is a psum of the cotangent. Doing it once, before a loop, keeps that psum out of the loop.
+    The transpose is a psum of the cotangent. Doing it once, before a loop, keeps that psum out of the loop. Axis by
+    axis, for the same reason as in `psum`.
     """
-    missing = tuple(a for a in live(axes) if a not in jax.typeof(x).mat.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
+    for axis in live(axes):
+        if axis not in jax.typeof(x).mat.varying:
+            x = lax.pcast(x, axis, to="varying")
+    return x
 
 
 def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
-    """Sum over mesh axes; the result is the same on all their devices."""
+    """Sum over mesh axes; the result is the same on all their devices.
+
+    Axis by axis: a sum of two does not depend on the order in which a transport adds, so that on axes of two devices
+    any number of processes gives the same bits.
+    """
     axes = live((axes,) if isinstance(axes, str) else axes)
-    return lax.psum(vary(x, axes), axes) if axes else x
+    x = vary(x, axes)
+    for axis in reversed(axes):
+        x = lax.psum(x, axis)
+    return x
 
 
 def pmax(x: jax.Array, axis: str) -> jax.Array:

@@ -19,6 +19,7 @@ from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader, SyntheticData, TokenData
 from data.mixed import MixedData
 from errors import RunError, UserError
+from parallel import distributed
 from training import step as steps
 from training.config import Family, RunConfig
 from training.metrics import Ledger, MetricsWriter, ProgressLine
@@ -55,7 +56,7 @@ class Outcome:
 
 
 def train(config: RunConfig, run: Path, data: TokenData, families: Families, stop_at: int | None = None) -> Outcome:
-    """Train, or continue, the run in a directory.
+    """Train, or continue, the run in a directory. Several processes call it alike, inside `distributed.start`.
 
     Args:
         config: the recipe; resolved here with the data.
@@ -65,7 +66,8 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         stop_at: stop after this many updates in all, with a checkpoint to resume from.
 
     Raises:
-        UserError: the directory belongs to another recipe or data; the mesh does not divide.
+        UserError: the directory belongs to another recipe or data; the mesh does not divide; a process was started
+            with another recipe, data or code than process 0.
         RunError: a checkpoint is corrupt, the disk is full.
     """
     config = config.resolve(data)
@@ -73,44 +75,53 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
     config.check_mesh(mesh.shape)
     loader = _loader(config, data, mesh)
     data.check_files()
-    _check_directory(run)
+    lead = distributed.is_lead()
+    distributed.check_same(
+        str(run), {"config": config.to_dict(), "data manifest": data.sha256, "--steps": stop_at, "code": code_version()}
+    )
+    if lead:
+        _check_directory(run)
     with SeriesWriter(run) as writer, StopRequest() as stop:
-        _refuse_imported(Series(run).entries(), run)
-        _claim(config, run, families)
+        if lead:
+            _refuse_imported(Series(run).entries(), run)
+            _claim(config, run, families)
         writer.clean()
         parent = Series(run).newest()
+        distributed.check_same(str(run), {"checkpoint to go on from": parent and parent.sha256})
         begin = loader.start(_loader_state(parent.manifest, loader)) if parent else 0
         if stop_at is not None and stop_at < begin:
             raise UserError(f"--steps {stop_at}: the run has {begin} steps already; give more, or leave it out")
         end = config.total_steps if stop_at is None else min(config.total_steps, stop_at)
-        if parent is None:
+        if parent is None and lead:
             _keep_tokenizer(data, run)
         plan = Program.plan(config, mesh)
         state = _restore(plan, parent) if parent else plan.init()
         program = plan.compile()
 
-        metrics, ledger = MetricsWriter(run, begin if parent else None), Ledger(run)
+        metrics, ledger = MetricsWriter(run, begin if parent else None, lead), Ledger(run, lead)
         ledger(
             "resume" if parent else "start",
             step=begin,
             mesh=dict(mesh.shape),
+            processes=jax.process_count(),
             parent=parent and parent.manifest.name,
             **_read_from(data),
         )
         kept = {0, *(p.step for p in config.positions)}
         log = Log(program, metrics)
         save = Saver(program, loader, writer, ledger, run)
+        stop_now = distributed.Vote(mesh)
         if parent is None:
             save(state, "series", log)
-        if begin in kept and begin not in metrics.validated:
+        if distributed.from_lead(begin in kept and begin not in metrics.validated):
             log.validation(begin, program.validate(state.params, data))
 
         done = begin
-        for batch in loader.batches(begin, begin if stop.requested else end):
+        for batch in loader.batches(begin, begin if stop_now(stop.requested) else end):
             state, values = program.train_step(state, batch)
             log.step(done, values)
             done += 1
-            stopping, keep = stop.requested, done in kept
+            stopping, keep = stop_now(stop.requested), done in kept
             if keep:
                 save(state, "series", log)
             elif stopping or done == end or done % config.series.rolling_every_steps == 0:
@@ -266,7 +277,7 @@ class Log:
 
     def __init__(self, program: Program, metrics: MetricsWriter):
         self.program, self.metrics = program, metrics
-        self.progress = ProgressLine(program.config.total_steps)
+        self.progress = ProgressLine(program.config.total_steps, writes=metrics.writes)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = time.perf_counter()
         self.times: list[float] = []
@@ -366,6 +377,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     config = config.resolve(data)
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
+    distributed.check_same("train", {"config": config.to_dict(), "data manifest": data.sha256, "--steps": num_steps})
     program = Program.plan(config, mesh).compile()
     state = program.init()
     times, losses = [], []
@@ -376,7 +388,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
         times.append(time.perf_counter() - start)
         on_step(index)
     median = float(np.median(times[1:] or times))  # the first step also pages memory in
-    memory = program.mesh.devices.flat[0].memory_stats() or {}
+    memory = program.mesh.local_devices[0].memory_stats() or {}
     return {
         "recipe": config.recipe,
         "mesh": dict(program.mesh.shape),

@@ -52,28 +52,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Ledger:
     """The run's append-only record of events: start, resume, save, stop, finish."""
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, writes: bool = True):
         self.path = run / "ledger.jsonl"
-        cut_torn_line(self.path)
+        self.writes = writes
+        if writes:
+            cut_torn_line(self.path)
 
     def __call__(self, event: str, **fields: Any) -> None:
-        """Append one event with the time (unix seconds)."""
-        append_line(self.path, {"event": event, "time": time.time(), **fields})
+        """Append one event with the time (unix seconds), in the process that writes."""
+        if self.writes:
+            append_line(self.path, {"event": event, "time": time.time(), **fields})
 
 
 class MetricsWriter:
     """``metrics.jsonl`` and TensorBoard, both cut back to the step that a run resumes from (None: to nothing).
 
     Lines are ``{"kind": "train", "step": n, ...}`` with n the 0-based index of the step whose loss it is, and
-    ``{"kind": "validation", "step": n, ...}`` with n the number of updates done.
+    ``{"kind": "validation", "step": n, ...}`` with n the number of updates done. Of a run's processes one ``writes``;
+    to the others nothing was ever logged.
     """
 
-    def __init__(self, run: Path, resume_step: int | None):
+    def __init__(self, run: Path, resume_step: int | None, writes: bool = True):
         self.path = run / "metrics.jsonl"
-        kept = self._cut(-1 if resume_step is None else resume_step)
+        self.writes = writes
+        kept = self._cut(-1 if resume_step is None else resume_step) if writes else []
         self.losses = {r["step"]: r["loss"] for r in kept if r["kind"] == "train"}
         self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
-        self.board = Board(run / "tensorboard", kept)
+        self.board = Board(run / "tensorboard", kept) if writes else None
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
         records = read_lines(self.path)
@@ -85,13 +90,15 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line in the file and one event on the board. Raises RunError where neither can be written."""
-        record = {"kind": kind, "step": step, **values}
-        append_line(self.path, record)
-        self.board.write(record)
+        if self.board is not None:
+            record = {"kind": kind, "step": step, **values}
+            append_line(self.path, record)
+            self.board.write(record)
 
     def close(self) -> None:
         """Close the board's file."""
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 class Board:
@@ -147,17 +154,20 @@ def duration(seconds: float) -> str:
 class ProgressLine:
     """One line per logged step on stderr: rewritten in place on a terminal, every few seconds elsewhere."""
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, every_s: float = 10.0):
+    def __init__(self, total_steps: int, stream: TextIO | None = None, every_s: float = 10.0, writes: bool = True):
         self.total = total_steps
+        self.writes = writes
         self.stream = stream or sys.stderr
-        self.in_place = self.stream.isatty()
+        self.in_place = writes and self.stream.isatty()
         self.every_s = every_s
         self.last = 0.0
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the step just done."""
+        """Show the step just done, in the process that writes."""
         now = time.monotonic()
         last_step = step + 1 >= self.total
+        if not self.writes:
+            return
         if not self.in_place and not last_step and now - self.last < self.every_s:
             return
         self.last = now

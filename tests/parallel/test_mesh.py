@@ -1,6 +1,14 @@
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -25,7 +33,6 @@ def test_parse_and_print():
         ("data=2,data=4", "'data' is given twice"),
         ("data=0", "data=0 is not a degree"),
         ("data=-1,fsdp=-1", "only one axis may be -1"),
-        ("pipeline=2", "no pipeline schedule"),
     ],
 )
 def test_refuses_what_is_not_a_mesh(text, message):
@@ -56,6 +63,80 @@ def test_simulate_says_when_it_is_too_late():
         simulate(4)
     with pytest.raises(UserError, match="at least 1"):
         simulate(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What of a device decides where it goes."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def test_tensor_lies_inside_a_host():
+    """Two hosts of four GPUs, each with a process of its own, listed out of order."""
+    gpus = [Gpu(id=n, process_index=n, slice_index=n // 4) for n in range(8)][::-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mesh = MeshConfig.parse("data=2,tensor=4").build(gpus)
+    assert np.vectorize(lambda d: d.id)(mesh.devices).reshape(2, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.warns(UserWarning, match="tensor=8 does not divide the 4 devices of a host"):
+        MeshConfig.parse("tensor=8").build(gpus)
+
+
+#: Coordinates and slices of the devices of meshes over topologies that are not there.
+TOPOLOGIES = """
+import json, os, sys
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+import numpy as np
+from jax.experimental import topologies
+from errors import UserError
+from parallel.mesh import MeshConfig
+
+for topology, slices, text in json.loads(sys.argv[1]):
+    options = {"num_slices": slices} if slices > 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    try:
+        mesh = MeshConfig.parse(text).build(devices)
+        where = np.vectorize(lambda d: json.dumps([getattr(d, "slice_index", 0), *d.coords]))(mesh.devices)
+        print(json.dumps([mesh.axis_names, [json.loads(w) for w in where.flat]]))
+    except UserError as e:
+        print(json.dumps(str(e)))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_lays_axes_along_the_torus_and_what_talks_least_over_slices():
+    asked = [
+        ("v5p:4x4x4", 1, "fsdp=8,tensor=8"),  # axes that split those of the torus
+        ("v5p:4x4x4", 1, "pipeline=4,fsdp=4,tensor=4"),
+        ("v5e:4x4", 2, "pipeline=2,fsdp=4,tensor=4"),
+        ("v5e:4x4", 2, "data=4,fsdp=2,tensor=4"),
+        ("v5e:4x4", 2, "fsdp=8,tensor=4"),
+        ("v5e:4x4", 2, "tensor=32"),
+    ]
+    root = Path(__file__).resolve().parent.parent.parent
+    command = [sys.executable, "-c", TOPOLOGIES, json.dumps(asked)]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=100)
+    *laid, refusal = (json.loads(line) for line in done.stdout.splitlines())
+    assert "tensor=32 cannot be laid over 2 slices without splitting tensor" in refusal
+    for (_, slices, text), (names, where) in zip(asked, laid, strict=False):
+        degrees = MeshConfig.parse(text).degrees
+        assert names == list(degrees)
+        places = np.array(where).reshape(*degrees.values(), 4)
+        assert len(np.unique(places.reshape(-1, 4), axis=0)) == MeshConfig.parse(text).size
+        outer = next(n for n, degree in enumerate(degrees.values()) if degree > 1)
+        for n, degree in enumerate(degrees.values()):  # only the outermost axis leaves a slice
+            line = np.moveaxis(places, n, 0).reshape(degree, -1, 4)[:, 0]
+            assert len(set(line[:, 0])) == (slices if n == outer else 1)
+    torus = np.array(laid[1][1]).reshape(4, 4, 4, 4)
+    for n in range(3):  # each axis of the mesh is one of the torus
+        line = np.moveaxis(torus, n, 0)[:, 0, 0]
+        assert sorted(len(set(line[:, i])) for i in range(4)) == [1, 1, 1, 4]
 
 
 def test_size_one_axes_are_in_no_spec(mesh_of):
