@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint parity scale lock clean
+.PHONY: setup demo test lint parity scale aot lock clean
 
 setup: $(READY)
 
@@ -43,10 +43,19 @@ scale: $(READY)
 	$(VENV)-scale/bin/python -m pip install --quiet --disable-pip-version-check '.[scale]'
 	$(VENV)-scale/bin/python -m pytest -q tests/data/test_engines.py tests/data/test_prepare.py -k beam
 
+# What the TPU compiler makes of the training step, without a TPU, in an environment of its own: with libtpu installed,
+# every other command would look for a TPU.
+aot: $(READY)
+	$(RUN) -m venv $(VENV)-aot
+	$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check '.[tpu]'
+	$(VENV)-aot/bin/python -m pytest -q -n 2 tests/parallel/test_hlo_laws.py tests/training/test_ahead.py \
+		tests/parallel/test_compiler.py tests/parallel/test_mesh.py tests/layers/test_attention.py
+
 # Exact versions for Python 3.11 and 3.12 in one file; needs uv (pip install uv).
 lock:
 	uv pip compile -q setup.cfg --extra test --universal --python-version 3.11 --no-annotate \
 		--custom-compile-command "make lock" -o requirements.lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-scale build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-scale $(VENV)-aot build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

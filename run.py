@@ -658,10 +658,13 @@ def compiles() -> dict[str, Any]:
 
 def plan(args: PlanArgs) -> tuple[dict[str, Any], int]:
     """Verb `plan`. Exit code 1: a plan that was said to fit was refused, or could not be compiled."""
+    import jax
+
     from parallel import planner
     from parallel.topology import Topology
     from training import plan_check, planning
 
+    jax.config.update("jax_platforms", "cpu")  # no device is used; with libtpu installed, JAX would look for a TPU
     topology = Topology.parse(args.topology)
     if args.verify:
         plan_check.target(topology)

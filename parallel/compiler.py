@@ -108,7 +108,7 @@ def devices(topology: str) -> list[jax.Device]:
     if not re.fullmatch(r"\d+x\d+" if kind in GPUS else r"\d+(x\d+){1,2}", shape):
         raise UserError(f"topology {topology!r}: {shape!r} is not a shape; write v5e:4x4, v5p:4x4x4, h100:4x8")
     if module := missing(kind):
-        extra = "tpu-check" if kind in TPUS else "cuda-check"
+        extra = "tpu" if kind in TPUS else "cuda-check"
         raise UserError(
             f"topology: the compiler for {kind} is not installed ({module} is missing); pip install -e '.[{extra}]'"
         )

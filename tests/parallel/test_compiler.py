@@ -170,7 +170,7 @@ def test_refuses_what_is_not_a_topology(name, message):
 
 @pytest.mark.parametrize(
     ("name", "module", "extra"),
-    [("v5e:2x4", "libtpu", "tpu-check"), ("h100:1x8", "jax_plugins.xla_cuda12", "cuda-check")],
+    [("v5e:2x4", "libtpu", "tpu"), ("h100:1x8", "jax_plugins.xla_cuda12", "cuda-check")],
 )
 def test_says_what_to_install(monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
