@@ -1,8 +1,9 @@
 """`run.py demo`: the whole story on this machine, as commands that the reader can run alone.
 
-Real text becomes a chunked corpus; a small Amber trains on a mesh of simulated devices; the process is killed with
-SIGKILL half way; the same command on another mesh carries on; every checkpoint of the series is checked; the model
-writes text. Nothing here trains or prepares by itself: each part is one call of the command line in its own process.
+Real text becomes a chunked corpus; the planner ranks meshes; a small Amber trains on a mesh of simulated devices; the
+process is killed with SIGKILL half way; the same command on another mesh, a pipeline, carries on; every checkpoint of
+the series is checked; the model writes text. Nothing here trains or prepares by itself: each part is one call of the
+command line in its own process.
 """
 
 import json
@@ -24,7 +25,9 @@ PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(
 RECIPE = "amber_tiny"
 SIMULATED = 4
 #: The run starts on one mesh and is continued on another.
-FIRST_MESH, SECOND_MESH = "data=2,fsdp=2", "fsdp=2,tensor=2"
+FIRST_MESH, SECOND_MESH = "data=2,fsdp=2", "pipeline=2,tensor=2"
+#: What the second one needs besides: two stages have something to do at a time only if the batch comes in parts.
+SECOND_PLAN = ["--execution.schedule", "1f1b", "--execution.microbatches", "4"]
 SOURCES = {"code": "stdlib", "topics": "topics", "docstrings": "docstrings", "packages": "packages"}
 
 
@@ -66,13 +69,17 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     if available < 4:
         raise RunError(f"demo: this machine's text fills only {available} steps per chunk; lower --chunks")
     total = chunks * available
+    teller.part(f"The planner ranks the ways to train on {SIMULATED} devices (of nominal speed, as they are simulated)")
+    plans = teller.call(["plan", RECIPE, "--topology", f"cpu:{SIMULATED}", "--top", "3"])["plans"]
+    for p in plans:
+        teller.say(f"{p['predicted_peak_bytes'] / 1e6:6.0f} MB a device, predicted: {p['plan']['text']}")
     train = ["train", RECIPE, "--data", str(data_dir), "--run", str(run_dir), "--simulate", str(SIMULATED), *fields]
     kill_at = total // 2 + available // 2  # in the middle of a chunk, so that the rolling checkpoint is needed
     if _steps_done(run_dir) < kill_at:
         teller.part(f"An Amber of {config.model.num_parameters:,} parameters trains on {FIRST_MESH}, and is killed")
         teller.call_and_kill([*train, "--mesh", FIRST_MESH], run_dir, kill_at)
     teller.part(f"The same command carries on, now on {SECOND_MESH}")
-    outcome = teller.call([*train, "--mesh", SECOND_MESH])
+    outcome = teller.call([*train, "--mesh", SECOND_MESH, *SECOND_PLAN])
 
     teller.part("Every checkpoint of the series is read back and compared with its manifest")
     series = teller.call(["series", str(run_dir), "--check"])

@@ -682,7 +682,7 @@ def plan(args: PlanArgs) -> tuple[dict[str, Any], int]:
         "plans": [
             {
                 "topology": str(p.topology),
-                "plan": {**dataclasses.asdict(p.plan), "mesh": str(p.plan.mesh)},
+                "plan": p.plan.as_dict(),
                 "predicted_step_s": p.seconds,
                 "predicted_peak_bytes": round(p.bytes),
                 "predicted_chip_hours_per_trillion_tokens": p.chip_hours,
@@ -1087,7 +1087,9 @@ def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> An
                 f"{verb}: the recipe is missing; write run.py {verb} RECIPE …, with one of {', '.join(known)}"
             )
         prog += f" {name}"
-        missing = {f.name: tyro.MISSING for f in dataclasses.fields(arguments) if f.default is dataclasses.MISSING}
+        none = dataclasses.MISSING
+        fields = dataclasses.fields(arguments)
+        missing = {f.name: tyro.MISSING for f in fields if f.default is none and f.default_factory is none}
         config = known[name]()
         if arguments is PlanArgs:  # a mesh that is given is one to keep to
             config = dataclasses.replace(config, mesh=MeshConfig.parse("auto"))

@@ -1,7 +1,7 @@
 """A plan: a mesh, and how one training step is carried out on it. What the planner chooses and the compiler checks."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from errors import UserError
 from parallel.mesh import MeshConfig
@@ -52,6 +52,10 @@ class Plan:
         if self.remat_stage:
             parts.append("remat_stage")
         return " ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for results: every field, and ``text``, the plan in a line."""
+        return {**dataclasses.asdict(self), "mesh": str(self.mesh), "text": str(self)}
 
 
 def choose(name: str, value: str, names: object) -> None:

@@ -41,7 +41,7 @@ class Checked:
         p, r = self.prediction, self.report
         return {
             "topology": str(p.topology),
-            "plan": {**dataclasses.asdict(p.plan), "mesh": str(p.plan.mesh)},
+            "plan": p.plan.as_dict(),
             "predicted_peak_bytes": round(p.bytes),
             "compiled_peak_bytes": r.peak_bytes,
             "memory_error": self.memory_error,

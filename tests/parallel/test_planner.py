@@ -290,7 +290,7 @@ def test_says_why_others_were_rejected():
     ranking = rank(model(batch=24, layers=32, embed=4096, mlp=11008), Topology.parse("v5e:4x4"))
     text = "\n".join(lines(ranking, top=3))
     assert re.search(r"rejected, out of memory: [\d,]+; closest .* GB too many", text)
-    assert re.search(r"rejected, leaves no row for some device: [\d,]+; such as", text)
+    assert re.search(r"rejected, cuts the batch into no microbatches: [\d,]+; such as", text)
     assert re.search(r"rejected, does not divide the model or the sequence: [\d,]+; such as", text)
     assert "predicted, not measured" in text
     assert len([line for line in lines(ranking, top=3) if "chip-hours" not in line and "GB " in line]) >= 3
