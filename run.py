@@ -595,8 +595,10 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
     from parallel.mesh import simulate
 
     if args.simulate is not None:
-        simulate(args.simulate, check=args.hosts.processes == 1)
+        simulate(args.simulate, check=False)  # asks for no device: several processes must find each other first
     with distributed.start(args.hosts) as hosts:
+        if hosts.processes == 1:
+            _simulate(args.simulate)
         if hosts.processes > 1 and distributed.is_lead():
             note(f"{hosts.processes} processes, as said by {hosts.how}")
         return _train(args, distributed.is_lead())

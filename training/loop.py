@@ -192,7 +192,11 @@ def _not_yet(config: dict[str, Any]) -> str | None:
     """What a run's ``config.json`` lacks because it is older than that, if anything."""
     if "phases" not in config:
         return "phases"
-    return "layouts of data" if isinstance(config.get("data"), dict) and "layout" not in config["data"] else None
+    parts = {"layouts of data": ("data", "layout"), "schedules of execution": ("execution", "schedule")}
+    for what, (part, field) in parts.items():
+        if isinstance(config.get(part), dict) and field not in config[part]:
+            return what
+    return None
 
 
 def _refuse_imported(entries: list[Entry], run: Path) -> None:

@@ -157,12 +157,26 @@ def test_an_axis_without_a_rule_or_used_twice_is_an_error(mesh_of):
         ("tensor=3", r"tensor = 3 does not divide the 'vocab' dimension \(64\) of embedding.table \(64, 32\)"),
         ("fsdp=5", r"fsdp = 5 does not divide the 'embed' dimension \(32\)"),
         ("tensor=16", r"tensor = 16 does not divide .* choose a degree from \[1, 2, 4, 8\]"),
+        ("pipeline=4", r"pipeline = 4 does not divide the 'layers' dimension \(2\)"),
         ("data=16", r"data\*fsdp = 16 does not divide the 8 rows of a microbatch"),
     ],
 )
 def test_refuses_a_mesh_that_does_not_divide_the_model(tiny, mesh, message):
     with pytest.raises(UserError, match=message):
         tiny.check_mesh(MeshConfig.parse(mesh).degrees)
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        ({"repeats": 2, "microbatches": 2}, r"pipeline \* execution.repeats = 2\*2 does not divide the 2 layers"),
+        ({"microbatches": 1}, r"pipeline = 2 does not divide execution.microbatches=1.*execution.schedule 1f1b"),
+    ],
+)
+def test_refuses_a_pipeline_without_enough_to_do(tiny, execution, message):
+    config = dataclasses.replace(tiny, execution=dataclasses.replace(tiny.execution, **execution))
+    with pytest.raises(UserError, match=message):
+        config.check_mesh(MeshConfig.parse("pipeline=2").degrees)
 
 
 def test_refuses_a_sequence_that_tensor_does_not_divide(tiny):
