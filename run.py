@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -129,7 +130,11 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Rank the ways to train a recipe on a topology, say why, and let the compiler of the platform check them."""
+    """Rank the ways to train a recipe on a topology, say why, and let the compiler of the platform check them.
+
+    Mesh, microbatches, schedule, repeats, gather and remat are what is chosen: of what the recipe says of them, only a
+    mesh that is given counts.
+    """
 
     config: Config
     topology: str
@@ -591,6 +596,8 @@ def _published(path: Path, config: RunConfig) -> Any:
 
 def train(args: Train) -> tuple[dict[str, Any], int]:
     """Verb `train`: this process's part, if there are several."""
+    # What plans count on (`parallel.topology`): by itself JAX takes three quarters of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     from parallel import distributed
     from parallel.mesh import simulate
 
@@ -671,10 +678,15 @@ def plan(args: PlanArgs) -> tuple[dict[str, Any], int]:
     from training import plan_check, planning
 
     jax.config.update("jax_platforms", "cpu")  # no device is used; with libtpu installed, JAX would look for a TPU
+    for name in ("top", "verify_top", "timeout_s"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"plan: --{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.cache.exists() and not args.cache.is_dir():
+        raise UserError(f"plan: --cache {args.cache}: is a file; give a folder")
     topology = Topology.parse(args.topology)
     if args.verify:
         plan_check.target(topology)
-    mesh = None if args.config.mesh.is_auto else args.config.mesh.resolve(topology.devices)
+    mesh = None if args.config.mesh.is_auto else args.config.mesh.resolve(topology.devices, str(topology))
     workload = planning.workload(args.config, topology.chip.platform)
     ranking = planner.rank(workload, topology, args.objective, only_mesh=mesh)
     best = ranking.best[: args.top]
@@ -695,7 +707,7 @@ def plan(args: PlanArgs) -> tuple[dict[str, Any], int]:
             }
             for p in best
         ],
-        "rejected": [r._asdict() if hasattr(r, "_asdict") else dataclasses.asdict(r) for r in ranking.rejected],
+        "rejected": [dataclasses.asdict(r) for r in ranking.rejected],
     }
     if args.explain:
         result["explained"] = planner.explain(best[0])

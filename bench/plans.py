@@ -5,7 +5,7 @@
 Of every ranking it takes the two fastest plans, the fastest with a pipeline and the one of least memory, compiles each
 (`plan --verify` does the same for the fastest), and prints predicted and compiled peak memory with the median error.
 With --exhaustive N it compiles the N fastest plans of one topology instead, and says how far the planner's first choice
-is from the best of them, by the cost model fed with the compiler's bytes and FLOPs.
+is from the best of them, by the cost model fed with the compiler's bytes.
 """
 
 import argparse
@@ -66,14 +66,17 @@ def main() -> None:
             if args.exhaustive:
                 times = [c.refined.seconds for c in checked if c.refined is not None]
                 first = checked[0].refined
-                result["first_over_best"] = first and first.seconds / min(times)
-                print(f"the first choice takes {result['first_over_best']:.3f} times the best of {len(times)}")
+                if first is not None:
+                    result["first_over_best"] = first.seconds / min(times)
+                    print(f"the first choice takes {result['first_over_best']:.3f} times the best of {len(times)}")
             if args.out:  # what is finished is kept
                 args.out.write_text(json.dumps(result, indent=2) + "\n")
-    median, largest = result["median_memory_error"], result["largest_memory_error"]
-    print(
-        f"{result['plans']} plans, {result['unfit']} do not fit; memory error: median {median:.1%}, {largest:.1%} most"
-    )
+    errors = [abs(r["memory_error"]) for r in rows if r["memory_error"] is not None]
+    if errors:
+        print(
+            f"{len(rows)} plans, {result['unfit']} do not fit; memory error: median {statistics.median(errors):.1%}, "
+            f"{max(errors):.1%} most"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Writes OUT.json and OUT.svg, and prints the table of `docs/parallel.md`. Times are predicted by the open cost model;
 with --verify both plans of every topology are compiled for it, and the memory that the compiler plans, and the time
-that follows from the compiler's own bytes and FLOPs, stand beside them. Nothing is run on these machines.
+that follows from the compiler's own bytes, stand beside them. Nothing is run on these machines.
 
 "Plain FSDP" shards over all devices (ZeRO-3), each layer gathered when it is used, as LLM360 trained Amber; the planner
 still picks its microbatches and rematerialisation. 224 does not divide Amber's width of 4096, so that on LLM360's

@@ -6,7 +6,6 @@ ends the process where others raise, and keeps the answers. What is compiled is 
 command of the process, which reads a `Request` on its standard input and writes a `Report` on its standard output.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -99,6 +98,27 @@ def devices(topology: str) -> list[jax.Device]:
     Raises:
         UserError: unknown name or shape, or the compiler is not installed.
     """
+    require(topology)
+    kind, _, shape = topology.partition(":")
+    try:
+        if kind in TPUS:
+            for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+                os.environ.setdefault(name, ENVIRONMENT[name])
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **TPUS[kind])
+        else:
+            target = _target_config(GPUS[kind])
+            described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{shape}")
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"topology {topology!r}: the compiler does not know it: {essence(str(error))}") from error
+    return list(described.devices)
+
+
+def require(topology: str) -> None:
+    """Refuse a topology that no compiler here can be asked about.
+
+    Raises:
+        UserError: unknown name or shape, or the compiler is not installed.
+    """
     kind, _, shape = topology.partition(":")
     if kind not in TPUS and kind not in GPUS:
         raise UserError(
@@ -112,17 +132,6 @@ def devices(topology: str) -> list[jax.Device]:
         raise UserError(
             f"topology: the compiler for {kind} is not installed ({module} is missing); pip install -e '.[{extra}]'"
         )
-    try:
-        if kind in TPUS:
-            for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-                os.environ.setdefault(name, ENVIRONMENT[name])
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **TPUS[kind])
-        else:
-            target = _target_config(GPUS[kind])
-            described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{shape}")
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology {topology!r}: the compiler does not know it: {essence(str(error))}") from error
-    return list(described.devices)
 
 
 def missing(kind: str) -> str | None:
@@ -238,10 +247,10 @@ class Report:
 
 
 def versions(topology: str) -> dict[str, str]:
-    """Versions of jax, jaxlib and the compiler for a topology; a compiler that is not installed is left out."""
+    """Versions of what makes the program for a topology; a compiler that is not installed is left out."""
     compiler = "libtpu" if topology.partition(":")[0] in TPUS else "jax-cuda12-plugin"
     found = {}
-    for name in ("jax", "jaxlib", compiler):
+    for name in ("jax", "jaxlib", "flax", "optax", compiler):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -273,7 +282,6 @@ def check(
     command: Sequence[str],
     sources: Sequence[Path],
     cache: Path,
-    workers: int = 1,
     timeout_s: float = 600,
     progress: Callable[[int, Report], None] = lambda index, report: None,
 ) -> list[Report]:
@@ -288,8 +296,7 @@ def check(
             last line of its standard output. A mistake in the request: exit code 2 and a message on standard error.
         sources: files, and folders with the Python files, that make the program.
         cache: folder for the answers; made if it is not there.
-        workers: processes at a time. Each uses all cores and 1 to 2 GB of memory for a 7B model.
-        timeout_s: time for each.
+        timeout_s: time for each, one after the other: a compilation uses all cores, and 1 to 2 GB for a 7B model.
         progress: called as answers come, with the index of the request.
     """
     cache.mkdir(parents=True, exist_ok=True)
@@ -297,8 +304,8 @@ def check(
 
     def answer(request: Request) -> Report:
         kept = cache / f"{_key(request, code)}.json"
-        if kept.exists():
-            return Report.from_dict(json.loads(kept.read_text()))
+        if kept.exists() and (known := _read(kept.read_text())):
+            return known
         report = _ask(request, command, timeout_s)
         if report.failed is None:
             partial = kept.with_suffix(f".{os.getpid()}.partial")
@@ -306,14 +313,19 @@ def check(
             partial.replace(kept)
         return report
 
-    reports: list[Report | None] = [None] * len(requests)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(answer, request): index for index, request in enumerate(requests)}
-        for future in concurrent.futures.as_completed(futures):
-            index = futures[future]
-            reports[index] = report = future.result()
-            progress(index, report)
-    return [report for report in reports if report is not None]
+    reports = []
+    for index, request in enumerate(requests):
+        reports.append(answer(request))
+        progress(index, reports[-1])
+    return reports
+
+
+def _read(text: str) -> Report | None:
+    """A report from its JSON; None if it is none."""
+    try:
+        return Report.from_dict(json.loads(text))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _digest(sources: Sequence[Path]) -> str:
@@ -330,7 +342,8 @@ def _key(request: Request, code: str) -> str:
 
 
 def _ask(request: Request, command: Sequence[str], timeout_s: float) -> Report:
-    environment = {name: value for name, value in os.environ.items() if name not in _UNSET} | ENVIRONMENT
+    kept = {n: v for n, v in os.environ.items() if n not in _UNSET and not n.startswith("JAX_")}
+    environment = kept | ENVIRONMENT
     failed = Report(request.plan, request.topology, versions(request.topology))
     start = time.monotonic()
     process = subprocess.Popen(
@@ -353,11 +366,13 @@ def _ask(request: Request, command: Sequence[str], timeout_s: float) -> Report:
         process.communicate()
         raise
     code = process.returncode
-    if code == 0 and out.strip():
-        return Report.from_dict(json.loads(out.strip().splitlines()[-1]))
+    if code == 0 and out.strip() and (report := _read(out.strip().splitlines()[-1])):
+        return report
     after = f"after {time.monotonic() - start:.0f} s"
     if code < 0:
         why = f"the compiler ended its process ({signal.Signals(-code).name}) {after}: {essence(err)}"
+    elif code == 0:
+        why = f"no report in the answer: {essence(out)}"
     elif code == 2:
         why = essence(err)
     else:

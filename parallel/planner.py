@@ -371,18 +371,19 @@ class _Shape:
         matrices = 2.0 * n * self.layer_whole
         attention = 2.0 * n * w.sequence_length * w.attention_width / self.ways  # half of the pairs, two products
         again = self.forwards + (self.plan.remat == "dots")
-        return matrices * (self.forwards + 2) + attention * (again + FLASH_BACKWARD[self.topology.chip.platform])
+        # Run again from its input, a layer leaves out its last product, whose result nothing needs.
+        unneeded = 2.0 * n * w.embed * w.mlp / self.ways if self.plan.remat in ("full", "offload") else 0.0
+        return (
+            matrices * (self.forwards + 2)
+            - unneeded
+            + attention * (again + FLASH_BACKWARD[self.topology.chip.platform])
+        )
 
     @functools.cached_property
     def head_flops(self) -> float:
         """Of the logits of one microbatch: forward, backward, and forward again where they come in pieces."""
         w = self.workload
-        return 2.0 * self.tokens * w.embed * w.vocab / self.ways * (3 + (w.loss_chunks > 1) + self.replayed_ends)
-
-    @property
-    def replayed_ends(self) -> bool:
-        """Is the loss, too, inside what is run again? Only in 1f1b, where it is in the last stage's backward half."""
-        return False
+        return 2.0 * self.tokens * w.embed * w.vocab / self.ways * (3 + (w.loss_chunks > 1))
 
     @property
     def heads(self) -> float:
@@ -593,6 +594,12 @@ def _exchanges(s: _Shape) -> Iterator[Exchange]:
                 "streams to and from ends", PIPELINE, moved, 4, "4 x {} microbatches x {} B x ({} - 1) / {}",
                 (plan.microbatches, s.stream, s.stages, s.stages),
             )  # fmt: skip
+        if plan.repeats > 1:
+            own = s.layers * s.layer_whole / s.shards
+            rounds = 2 * plan.repeats * sum(1 for weight in w.weights if weight.stacked)
+            yield Exchange(
+                "layers dealt out", PIPELINE, 2 * own * 4, rounds, "2 x {} x 4 B, and their gradients back", (own,)
+            )
         ends = s.ends_whole / s.shards
         yield Exchange(
             "gradients of the ends", PIPELINE, 2 * _others(s.stages) * ends * 4, 3, "2 x ({} - 1) / {} x {} x 4 B",
@@ -655,8 +662,8 @@ def _time(s: _Shape, exchanges: Sequence[Exchange], flops: float) -> Iterator[Li
         seconds = exchange.bytes / (link.bandwidth * LINK_EFFICIENCY) + exchange.calls * latency
         hidden = min(exchange.hidden * seconds, spare)
         spare -= hidden
-        if exchange.axis == TENSOR:
-            busy += seconds
+        if exchange.axis == TENSOR or (exchange.axis == FSDP and plan.schedule == "1f1b" and not s.once):
+            busy += seconds - hidden  # in every tick; gpipe's gathers are counted by ticks already
         yield Line(
             exchange.what, seconds - hidden,
             f"{exchange.formula} / ({{}} B/s x {{}}) + {{}} x {{}} s, less {{}} s hidden [{{}}]",
@@ -747,9 +754,7 @@ def candidates(workload: Workload, topology: Topology, mesh: MeshConfig) -> Iter
     rows, left = divmod(workload.global_batch, mesh.data * mesh.fsdp)
     if left:
         return
-    for microbatches in _spread(rows) if stages == 1 else _divisors(rows):
-        if stages > 1 and not stages <= microbatches <= MICROBATCHES_PER_STAGE * stages:
-            continue
+    for microbatches in _spread(rows) if stages == 1 else _for_pipeline(rows, stages):
         for schedule, repeats, stage in _schedules(workload, stages, microbatches):
             for gather in get_args(Gather) if mesh.fsdp > 1 else ("layer",):
                 if gather == "tick" and (microbatches == 1 or (stages > 1 and schedule == "gpipe" and not stage)):
@@ -758,6 +763,12 @@ def candidates(workload: Workload, topology: Topology, mesh: MeshConfig) -> Iter
                     if remat == "offload" and (cpu or stages > 1):
                         continue  # libtpu 0.0.42 fails on some pipelines that offload: "async-start expects the shape"
                     yield Plan(mesh, microbatches, schedule, repeats, gather, remat, stage)
+
+
+def _for_pipeline(rows: int, stages: int) -> list[int]:
+    """Divisors of the rows that keep the stages busy, the least of them in any case."""
+    enough = [d for d in _divisors(rows) if d >= stages]
+    return [d for d in enough if d <= MICROBATCHES_PER_STAGE * stages] or enough[:1]
 
 
 def _spread(n: int) -> list[int]:
@@ -880,7 +891,12 @@ def _nothing_fits(
         f" with the mesh {only_mesh}" if only_mesh else ""
     )
     if closest is None:
-        return f"{what}: no mesh divides the model and the batch; " + "; ".join(r.example for r in rejected[:2])
+        if only_mesh is not None:
+            raise UserError(f"plan: {rejected[0].example}")
+        return (
+            f"{what}: no mesh divides the model and the batch of {workload.global_batch}; take a batch with more "
+            f"factors of {topology.devices}, or another number of chips. For example: {rejected[0].example}"
+        )
     text = f"{what}: the smallest is {closest.plan} with {_over(closest)}. "
     if only_mesh is not None:
         return text + "Leave the mesh to the planner, or take a larger topology"
@@ -897,7 +913,8 @@ def _nothing_fits(
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 # ---- text --------------------------------------------------------------------------------------------------------

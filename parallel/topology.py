@@ -374,7 +374,8 @@ def _named(shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def _rate(bandwidth: float) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from errors import UserError
 from parallel import compiler, planner
-from parallel.axes import MESH_AXES
+from parallel.axes import FSDP, MESH_AXES, TENSOR
 from parallel.compiler import Report, Request
+from parallel.pipeline import Timetable
 from parallel.planner import Prediction, Workload
 from parallel.topology import Topology
 from training.config import RunConfig
@@ -22,7 +23,7 @@ class Checked:
     prediction: Prediction
     report: Report
     refined: Prediction | None
-    """The prediction by the compiler's own bytes and FLOPs in place of the model's; None if it did not compile."""
+    """The prediction by the compiler's own bytes in place of the model's; None if it did not compile."""
 
     @property
     def fits(self) -> bool:
@@ -63,20 +64,28 @@ def target(topology: Topology) -> str:
     """The name of a topology for `compiler.devices`: the chips and their shape, whatever their network.
 
     Raises:
-        UserError: several slices, or a CPU, for which there is nothing to ask.
+        UserError: several slices, or a CPU, for which there is nothing to ask; or the compiler is not installed.
     """
     if topology.slices > 1 or topology.chip.platform == "cpu":
         what = "several slices" if topology.slices > 1 else "simulated devices"
         raise UserError(f"plan --verify: {topology}: no compiler is asked for {what}; name one slice of an accelerator")
-    return f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    compiler.require(name)
+    return name
 
 
 def sent_by_axis(report: Report) -> dict[str, float]:
     """Bytes that each device sends in a step, by the mesh axis that they travel over.
 
-    A collective over several axes together counts for the outermost of them, whose links are the slowest.
+    A collective over several axes together counts for the outermost of them, whose links are the slowest. What a
+    pipeline does in every tick the program does in idle ticks too (in "1f1b" it does not, but the count cannot tell):
+    that share is taken off, for the model counts it in the bubble.
     """
     totals: dict[str, float] = {}
+    plan = report.plan
+    table = Timetable(plan.schedule, plan.mesh.pipeline, plan.microbatches, plan.repeats)
+    busy = plan.microbatches * plan.repeats / table.ticks if plan.mesh.pipeline > 1 else 1.0
+    shares = {TENSOR: busy, FSDP: busy if plan.schedule == "1f1b" and plan.gather != "once" else 1.0}
     for traffic in report.collectives:
         group = 1
         for axis in traffic.axes:
@@ -84,7 +93,7 @@ def sent_by_axis(report: Report) -> dict[str, float]:
         outermost = next((a for a in MESH_AXES if a in traffic.axes), None)
         if outermost is not None and group > 1:
             totals[outermost] = totals.get(outermost, 0.0) + planner.sent(traffic.kind, traffic.bytes, group)
-    return totals
+    return {axis: total * shares.get(axis, 1.0) for axis, total in totals.items()}
 
 
 def check(
@@ -115,9 +124,8 @@ def check(
         p = predictions[index]
         refined = None
         if report.compiled:
-            # Of a 1f1b pipeline the count takes every branch in every tick: there the model knows better.
-            flops = report.flops if p.plan.schedule == "gpipe" or p.plan.mesh.pipeline == 1 else None
-            refined = planner.predict(workload, p.topology, p.plan, sent_by_axis(report), flops)
+            # Of FLOPs the model knows better: the count takes idle ticks and masked attention for work.
+            refined = planner.predict(workload, p.topology, p.plan, sent_by_axis(report))
         return Checked(p, report, refined)
 
     reports = compiler.check(
