@@ -31,7 +31,7 @@ def run(tiny, weights_of, mesh, prompts=PROMPTS, eos_id=-1, use_cache=True, **sa
     return generate(tiny.model, weights_of(tiny.model, mesh), prompts, mesh, REGION, sampling, eos_id, use_cache)
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2", "tensor=8"])
+@pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2", "tensor=8", "pipeline=2,tensor=2"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_the_cache_equals_without_it(tiny, mesh_of, weights_of, mesh, temperature):
     """Prompts of different lengths together, so that left padding and true positions are tested too."""
@@ -98,7 +98,7 @@ def test_refuses_what_it_cannot_do(tiny, mesh_of, weights_of, arguments, message
         run(tiny, weights_of, mesh_of("data=1"), **arguments)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=2,tensor=2", "tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=2,tensor=2", "tensor=4", "pipeline=2,fsdp=2"])
 @pytest.mark.parametrize("length", [16, 13])
 def test_logits_are_the_same_on_every_mesh(tiny, mesh_of, weights_of, mesh, length):
     """Also for 3 rows on 8 devices, and for a length that ``tensor`` does not divide."""
@@ -125,3 +125,14 @@ def test_refuses_tokens_that_are_none(tiny, mesh_of, weights_of, tokens, message
     mesh = mesh_of("data=1")
     with pytest.raises(UserError, match=message):
         forward(tiny.model, weights_of(tiny.model, mesh), tokens, mesh, REGION)
+
+
+def test_layers_of_all_stages_are_those_of_one_device(tiny, mesh_of, weights_of):
+    tokens = np.arange(24).reshape(2, 12) % 64
+    one, staged = (
+        forward(tiny.model, weights_of(tiny.model, mesh_of(m)), tokens, mesh_of(m), REGION, keep_layers=True)
+        for m in ("data=1", "pipeline=2,data=2,tensor=2")
+    )
+    assert one["layers"].shape == (2, 2, 12, 32)
+    for name in ("layers", "final", "logits"):
+        np.testing.assert_allclose(staged[name], one[name], atol=1e-5)
