@@ -73,7 +73,7 @@ def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sequence_sharded: 
 
     def body(weights: Any, tokens: jax.Array) -> dict[str, jax.Array]:
         net = region.prepare(nnx.merge(graphdef, weights))
-        x, layers = net.hidden(tokens, region, keep_layers=keep_layers)
+        x, layers = net.hidden(tokens, region, reach=region.reach(tokens), keep_layers=keep_layers)
         result = {"logits": net.logits(x, region).astype(jnp.float32)}
         if keep_layers:
             result |= {"layers": layers, "final": net.final(x, region)}

@@ -107,16 +107,17 @@ class Decoder(nnx.Module):
     def logits(self, x: jax.Array, region: Region) -> jax.Array:
         """Residual stream -> float32 [B, S, V/tensor]."""
         with region.precision():
-            return self._head(region)(region.enter(self.final(x, region)))
+            head, matrix = self._head(region)
+            return head(matrix, region.enter(self.final(x, region)))
 
     def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, region: Region) -> jax.Array:
         """Residual stream -> weighted sum of ``-log p(target)`` over this device's rows, float32 scalar."""
         whole = region.enter(self.final(x, region))
         with region.precision():
-            return vocabulary.cross_entropy(self._head(region), whole, targets, weights, region.loss_chunks)
+            return vocabulary.cross_entropy(*self._head(region), whole, targets, weights, region.loss_chunks)
 
-    def _head(self, region: Region) -> Any:
+    def _head(self, region: Region) -> tuple[Any, Any]:
+        """How logits are made, `(weights, stream) -> logits`, and the weights."""
         if isinstance(self.head, Head):
-            return region.use(self.head)
-        head, embedding = self.head, region.use(self.embedding)
-        return lambda x: head(x, embedding)
+            return lambda head, x: head(x), region.use(self.head)
+        return lambda embedding, x: self.head(x, embedding), region.use(self.embedding)

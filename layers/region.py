@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from errors import UserError
 from layers import params
-from layers.attention import Documents, documents
+from layers.attention import KERNELS, Documents, documents
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
 from parallel.collectives import all_gather, axis_index, deal, psum, psum_scatter, vary
 from parallel.plan import Gather, Remat, Schedule, choose
@@ -45,13 +45,14 @@ class Region:
     """Choices for one use of the manual region."""
 
     compute_dtype: str = "float32"
-    """Dtype of matrices and activations: float32 or bfloat16. Norms, softmax, loss and reductions are float32."""
+    """Dtype of matrices and activations: float32 or bfloat16. Norms, softmax, loss and the
+    reductions of gradients over the mesh are float32; activations are summed over ``tensor`` in this dtype."""
     gather: Gather = "layer"
     """When weights are gathered over ``fsdp`` (`parallel.plan.Gather`)."""
     remat: Remat = "none"
     """What a layer keeps for its backward pass (`parallel.plan.Remat`)."""
     remat_stage: bool = False
-    """A stage keeps only its input, and is run again for the backward pass."""
+    """A stage (a microbatch, without a pipeline) keeps only its input, and is run again for the backward pass."""
     schedule: Schedule = "gpipe"
     """How microbatches pass through the stages of a pipeline (`parallel.plan.Schedule`)."""
     repeats: int = 1
@@ -64,7 +65,8 @@ class Region:
     attention: str = "reference"
     """Attention kernel, a name in `layers.attention.KERNELS`."""
     document_end: int | None = None
-    """Token that closes a document: attention does not reach back beyond it. None: rows are read as one text."""
+    """Token that closes a document: attention does not reach back beyond it. None: rows are read as one text, as they
+    always are with a cache."""
     loss_chunks: int = 1
     """The loss is computed in this many pieces along the sequence, so that full logits never exist."""
     sequence_sharded: bool = True
@@ -79,6 +81,10 @@ class Region:
         for name in ("loss_chunks", "unroll", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.repeats > 1 and self.schedule != "gpipe":
+            raise UserError(f"repeats {self.repeats}: is for the schedule gpipe, not {self.schedule!r}")
+        if self.attention not in KERNELS:
+            raise UserError(f"attention {self.attention!r}: choose from {', '.join(KERNELS)}")
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -145,7 +151,7 @@ class Region:
         def named(x: jax.Array, *rest: Any) -> Any:
             return f(checkpoint_name(x, _STREAM), *rest)
 
-        return jax.checkpoint(named if self.remat == "offload" else f, policy=policy, prevent_cse=False)
+        return jax.checkpoint(named if self.remat == "offload" else f, policy=policy, prevent_cse=self.unroll > 1)
 
     def checkpoint_stage(self, f: Any) -> Any:
         """``f``, a stage, rematerialised from its input if the plan says so."""

@@ -4,6 +4,7 @@ No device ever holds logits over the whole vocabulary while training (design sec
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import lax
 from layers.params import Initializer, param
 from layers.region import Region
 from parallel.axes import TENSOR
-from parallel.collectives import axis_index, pmax, psum
+from parallel.collectives import axis_index, pmax, psum, with_float32_gradient
 
 
 class Embedding(nnx.Module):
@@ -67,20 +68,26 @@ class TiedHead(nnx.Module):
 
 
 def cross_entropy(
-    head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, weights: jax.Array, chunks: int
+    head: Callable[[Any, jax.Array], jax.Array],
+    matrix: Any,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunks: int,
 ) -> jax.Array:
     """Weighted sum of ``-log p(target)`` over rows and positions, float32 scalar, equal on all of ``tensor``.
 
     Args:
-        head: [B, S, D] -> [B, S, V/tensor] logits.
+        head: (matrix, [B, S, D]) -> [B, S, V/tensor] logits.
+        matrix: what the head multiplies by, ready for use.
         x: [B, S, D], whole rows.
         targets: int32 [B, S].
         weights: float32 [B, S].
         chunks: pieces along S; with more than one, each piece's logits are made again in the backward pass.
     """
 
-    def piece(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = head(x)
+    def piece(matrix: Any, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = head(matrix, x)
         highest = pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), TENSOR)
         total = psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), TENSOR)
         local, here = _localise(targets, logits.shape[-1])
@@ -89,12 +96,17 @@ def cross_entropy(
         return jnp.sum((jnp.log(total) + highest - chosen) * weights)
 
     if chunks == 1:
-        return piece(x, targets, weights)
+        return piece(matrix, x, targets, weights)
 
     def split(a: jax.Array) -> jax.Array:  # [B, S, ...] -> [chunks, B, S/chunks, ...]
         return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
 
-    step = jax.checkpoint(piece, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), matrix)  # for its gradient: the pieces' sum in float32
+
+    def summed(*args: jax.Array) -> jax.Array:
+        return piece(jax.tree.map(with_float32_gradient, matrix, wide), *args)
+
+    step = jax.checkpoint(summed, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     # The carry starts as zeros made from the weights, so that it varies over the same mesh axes as what is added.
     total, _ = lax.scan(
         lambda total, a: (total + step(*a), None), jnp.sum(weights * 0.0), (split(x), split(targets), split(weights))

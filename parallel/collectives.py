@@ -33,6 +33,11 @@ def vary(x: jax.Array, axes: Sequence[str] = MESH_AXES) -> jax.Array:
     return x
 
 
+def zeros_like(shape: Sequence[int], like: jax.Array) -> jax.Array:
+    """float32 zeros of a shape that vary over the same mesh axes as ``like``."""
+    return vary(jnp.zeros(shape, jnp.float32), tuple(jax.typeof(like).mat.varying))
+
+
 def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
     """Sum over mesh axes; the result is the same on all their devices.
 
@@ -94,7 +99,8 @@ def with_float32_gradient(x: jax.Array, stand_in: jax.Array) -> jax.Array:
     """``x``, whose gradient goes to ``stand_in`` instead: a float32 array of its shape that is otherwise not looked at.
 
     A gradient has the dtype of what it belongs to, so that a loop over microbatches would sum those of a bfloat16
-    weight in bfloat16. Differentiated by the stand-in (zeros, which need never exist), they are summed in float32.
+    weight in bfloat16. Differentiated by the stand-in (zeros, which need never exist), they are summed in float32. Used
+    inside the loop, that is: outside of it, the loop has summed already.
     """
     return x
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from parallel.axes import BATCH_AXES, MESH_AXES, PIPELINE
-from parallel.collectives import axis_index, psum, vary
+from parallel.collectives import axis_index, psum, vary, zeros_like
 from parallel.plan import Schedule
 
 T = TypeVar("T")
@@ -43,7 +43,10 @@ class Timetable:
 
     @property
     def bubble(self) -> float:
-        """Share of the time, of forward and backward together, in which a stage has nothing to do."""
+        """Share of the time, of forward and backward together, in which a stage has nothing to do.
+
+        Of "1f1b" where idle stages branch around their work.
+        """
         idle = self.stages - 1
         return idle / (self.microbatches * self.repeats + idle)
 
@@ -173,7 +176,7 @@ def one_forward_one_backward(
     nothing = vary(jnp.zeros(like.shape, like.dtype))
     loss_axes = (PIPELINE, *BATCH_AXES)
     no_loss = vary(jnp.float32(0), loss_axes)
-    zeros = jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), tuple(jax.typeof(w).mat.varying)), weights)
+    zeros = jax.tree.map(lambda w: zeros_like(w.shape, w), weights)
 
     def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
         arrived, returned, kept, gradients, loss = carry

@@ -19,7 +19,7 @@ Remat = Literal["none", "dots", "full", "offload"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that decides speed and memory of a step and, but for rounding, nothing of its result."""
+    """What the planner chooses: it decides speed and memory of a step and, but for rounding, nothing of its result."""
 
     mesh: MeshConfig
     """Degrees, none of them -1."""
@@ -36,6 +36,8 @@ class Plan:
     again; ``remat`` then says what that second run keeps. "1f1b" does so always."""
 
     def __post_init__(self) -> None:
+        if -1 in self.mesh.degrees.values():
+            raise UserError(f"plan: mesh {self.mesh}: give every degree")
         choose("gather", self.gather, Gather)
         choose("remat", self.remat, Remat)
         choose("schedule", self.schedule, Schedule)
@@ -48,7 +50,7 @@ class Plan:
     def __str__(self) -> str:
         parts = [str(self.mesh), f"microbatches={self.microbatches}", f"gather={self.gather}", f"remat={self.remat}"]
         if self.mesh.pipeline > 1:
-            parts.insert(2, f"{self.schedule}" + (f" x{self.repeats}" if self.repeats > 1 else ""))
+            parts.insert(2, self.schedule + (f" x{self.repeats}" if self.repeats > 1 else ""))
         if self.remat_stage:
             parts.append("remat_stage")
         return " ".join(parts)

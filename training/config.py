@@ -151,7 +151,8 @@ class ExecutionConfig:
     loss_chunks: int
     """Pieces along the sequence in which logits and loss are computed."""
     remat_stage: bool = False
-    """A pipeline's stage keeps only its input, and is run again for the backward pass ("1f1b" does so always)."""
+    """A stage (a microbatch, without a pipeline) keeps only its input, and is run again for the backward pass ("1f1b"
+    does so always)."""
     schedule: PipelineSchedule = "gpipe"
     """How microbatches pass through a pipeline: all forward, then all backward; or in turn ("1f1b"), memory flat in
     microbatches."""
@@ -167,11 +168,6 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         at_least("execution.microbatches", self.microbatches, 1)
         _ = self.region  # validates the rest
-        if self.repeats > 1 and self.schedule != "gpipe":
-            raise UserError(
-                f"config: execution.repeats={self.repeats} is for the schedule gpipe, not {self.schedule!r}; change "
-                "one of them"
-            )
 
     @property
     def region(self) -> Region:

@@ -73,6 +73,7 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
     config = config.resolve(data)
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
+    config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
     loader = _loader(config, data, mesh)
     data.check_files()
     lead = distributed.is_lead()
@@ -192,7 +193,7 @@ def _not_yet(config: dict[str, Any]) -> str | None:
     """What a run's ``config.json`` lacks because it is older than that, if anything."""
     if "phases" not in config:
         return "phases"
-    parts = {"layouts of data": ("data", "layout"), "schedules of execution": ("execution", "schedule")}
+    parts = {"layouts of data": ("data", "layout"), "schedules of execution": ("execution", "unroll")}
     for what, (part, field) in parts.items():
         if isinstance(config.get(part), dict) and field not in config[part]:
             return what
@@ -381,6 +382,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     config = config.resolve(data)
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
+    config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
     distributed.check_same("train", {"config": config.to_dict(), "data manifest": data.sha256, "--steps": num_steps})
     program = Program.plan(config, mesh).compile()
     state = program.init()

@@ -96,7 +96,7 @@ def make_eval_step(model: ModelConfig, region: Region, mesh: Mesh) -> Any:
 
     def body(weights_in: Any, batch: Batch) -> Metrics:
         model = region.begin(nnx.merge(graphdef, weights_in))
-        total = psum(loss_sum(model, region, batch), (PIPELINE, *BATCH_AXES))
+        total = psum(loss_sum(lambda: model, region, batch), (PIPELINE, *BATCH_AXES))
         return {"loss_sum": total, "weight": psum(jnp.sum(batch.weights), BATCH_AXES)}
 
     return jax.jit(

@@ -43,10 +43,10 @@ def test_one_forward_one_backward_keeps_few_inputs(stages, microbatches):
         for stage in range(stages):
             microbatch, _, busy = table.forward(tick, stage)
             if busy:
-                forward[microbatch, stage] = tick
+                assert forward.setdefault((microbatch, stage), tick) == tick
             microbatch, busy = table.backward(tick, stage)
             if busy:
-                backward[microbatch, stage] = tick
+                assert backward.setdefault((microbatch, stage), tick) == tick
     everything = {(m, s) for m in range(microbatches) for s in range(stages)}
     assert forward.keys() == backward.keys() == everything
     for microbatch, stage in everything:

@@ -54,7 +54,7 @@ def with_execution(config, **changes):
         (lambda c: with_execution(c, unroll=0), "unroll 0: must be at least 1"),
         (
             lambda c: with_execution(c, repeats=2, schedule="1f1b"),
-            "execution.repeats=2 is for the schedule gpipe, not '1f1b'",
+            "repeats 2: is for the schedule gpipe, not '1f1b'",
         ),
         (lambda c: with_data(c, document_end=64), "data.document_end=64 is no token of a vocabulary of 64"),
         (lambda c: with_execution(c, compute_dtype="float64"), "compute_dtype 'float64'"),

@@ -276,7 +276,7 @@ def test_phases_longer_than_the_data_are_refused_before_anything_is_written(tiny
 
 def test_a_run_from_before_phases_says_so(tiny, tmp_path):
     old = tiny.to_dict()
-    del old["data"]["document_end"], old["execution"]["schedule"]
+    del old["data"]["document_end"], old["execution"]["unroll"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="was begun by code in which runs had no schedules of execution yet"):
         train(tiny, tmp_path)

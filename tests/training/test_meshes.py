@@ -29,7 +29,7 @@ CASES = [
     ("pipeline=2,data=2,fsdp=2", 4, {"repeats": 2, "gather": "tick", "remat_stage": True}),
     ("pipeline=4,tensor=2", 8, {"schedule": "1f1b", "gather": "once", "remat": "dots"}),
     ("pipeline=4,tensor=2", 4, {"repeats": 2, "gather": "once", "remat": "dots", "remat_stage": True}),
-    ("pipeline=2,data=2,tensor=2", 2, {"remat": "full"}),
+    ("pipeline=2,data=2,tensor=2", 2, {"remat": "offload"}),
 ]
 CRYSTAL = [
     ("tensor=2", 1, {}),
@@ -128,6 +128,8 @@ def test_every_way(deep, crystal, family, mesh):
     for schedule, gather, remat, stage in itertools.product(
         schedules, ("once", "tick", "layer"), ("none", "dots", "full"), (False, True)
     ):
+        if stage and schedule.get("schedule") == "1f1b":
+            continue  # does so always
         how = dict(schedule, gather=gather, remat=remat, remat_stage=stage)
         check_equal(config, mesh, microbatches, how)
 
@@ -179,3 +181,41 @@ def test_packed_documents_equal_documents_alone(deep, mesh, how):
     alone = sum(loss(deep, row) for row in rows)
     np.testing.assert_allclose(loss(separate, packed), alone, rtol=1e-6)
     assert abs(loss(deep, packed) - alone) > 1e-4 * alone
+
+
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [
+        ("data=1", {"gather": "once", "loss_chunks": 1}),
+        ("pipeline=2", {"gather": "once"}),
+        ("pipeline=2", {"gather": "once", "repeats": 2, "remat_stage": True}),
+        ("pipeline=2", {"gather": "once", "schedule": "1f1b"}),
+    ],
+    ids=str,
+)
+def test_equal_microbatches_have_the_gradient_of_one(deep, mesh, how):
+    """In bfloat16 too: sums over microbatches are in float32 (in bfloat16, sums of 32 were off by 2e-2)."""
+    one = np.random.default_rng(0).integers(1, 64, (1, 2, 33)).astype(np.int32)
+
+    def gradients(microbatches):
+        _, built, params, _ = program(deep, mesh, 2, ())
+        region = dataclasses.replace(deep.execution.region, compute_dtype="bfloat16", **how)
+        tokens = np.repeat(one, microbatches, 0)
+        part = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((microbatches, 2, 32), np.float32))
+        step = jax.jit(make_loss_and_gradients(deep.model, region, built))
+        return step(params, jax.device_put(part, batch_sharding(built)))[1]
+
+    for many, few in zip(*(jax.tree.leaves(gradients(m)) for m in (16, 2)), strict=True):
+        assert np.max(np.abs(many - few)) <= 1e-5 * np.max(np.abs(few))
+
+
+def test_the_head_s_gradient_is_summed_over_pieces_in_float32(deep):
+    """Sixteen pieces in bfloat16 are one rounding of each from the whole: in bfloat16 sums it was twice that."""
+    _, one, params, _ = program(deep, "data=1", 1, ())
+    gradients = []
+    for chunks in (1, 16):
+        region = dataclasses.replace(deep.execution.region, compute_dtype="bfloat16", loss_chunks=chunks)
+        step = jax.jit(make_loss_and_gradients(deep.model, region, one))
+        gradients.append(step(params, batch(deep, 1, one))[1]["head"]["kernel"])
+    error = np.max(np.abs(gradients[0] - gradients[1])) / np.max(np.abs(gradients[0]))
+    assert error < 6e-3  # seen: 4.3e-3, and 8.6e-3 before
