@@ -462,7 +462,9 @@ def _gradients(s: _Shape) -> Iterator[Line]:
         whole, numbers = s.layers * s.layer_whole + s.ends_whole, (s.layers, s.layer_whole, s.ends_whole)
         if summed:
             yield Line("gradients", 4.0 * whole, "({} x {} + {}) x 4 B, whole over fsdp", numbers)
-        if not (s.pipelined and plan.schedule == "gpipe"):  # whose transpose adds to the sum as it goes
+        if s.pipelined and plan.schedule == "gpipe":  # the ends have their own loops, one after the other
+            yield Line("gradients, new", c * s.layers * s.layer_whole, "{} x {} x {} B", (s.layers, s.layer_whole, c))
+        else:
             yield Line("gradients, new", c * whole, "({} x {} + {}) x {} B", (*numbers, c))
         return
     for what in ("gradients", "gradients, new") if summed else ("gradients",):
