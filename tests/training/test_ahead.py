@@ -67,7 +67,7 @@ def test_a_tpu_says_what_a_step_needs(tmp_path):
     parameters = config("fsdp=8").model.num_parameters
     assert fits.compiled
     assert fits.plan.mesh == MeshConfig(fsdp=4, tensor=2)
-    assert set(fits.versions) == {"jax", "jaxlib", "libtpu"}
+    assert set(fits.versions) == {"jax", "jaxlib", "flax", "optax", "libtpu"}
     assert fits.argument_bytes > 3 * 4 * parameters / 8  # weights and two moments, float32; and TPU's padding
     assert fits.peak_bytes > fits.argument_bytes
     assert fits.temp_bytes > 0
