@@ -4,7 +4,7 @@ import dataclasses
 
 from flax import nnx
 
-from layers import attention, params
+from layers import params
 from parallel import planner
 from parallel.axes import MESH_AXES
 from parallel.mesh import MeshConfig
@@ -25,13 +25,7 @@ def workload(config: RunConfig, platform: str) -> Workload:
         UserError: the config names an attention kernel that cannot run there.
     """
     model, execution, data = config.model, config.execution, config.data
-    kernel = attention.select(
-        execution.attention,
-        platform=platform,
-        dtype=execution.compute_dtype,
-        head_dim=model.head_dim,
-        length=data.sequence_length,
-    )
+    kernel = config.region(platform).attention
     whole = dict.fromkeys(MESH_AXES, 1)
     weights = tuple(
         Weight(".".join(map(str, path)), tuple(p.shape), params.stored_axes(p, whole))
