@@ -1,9 +1,11 @@
 """Whole runs of Amber, every number with its source (fact sheet = LLM360's published code and cards)."""
 
+import dataclasses
+
 from amber_jax.config import AmberConfig
 from data.mixture import Part
 from parallel.mesh import MeshConfig
-from training.config import DataConfig, ExecutionConfig, PhaseConfig, RunConfig, SeriesConfig
+from training.config import DataConfig, ExecutionConfig, GuardConfig, PhaseConfig, RunConfig, SeriesConfig
 from training.optimizer import AdamWConfig
 
 #: Billions of tokens of each source, in the order in which chunks hold them (fact sheet 3.1, 3.3). Nothing is drawn by
@@ -64,6 +66,7 @@ def amber_7b() -> RunConfig:
             compute_dtype="bfloat16", microbatches=1, gather="layer", remat="full", loss_chunks=8
         ),
         series=SeriesConfig(rolling_every_steps=100),
+        guard=GuardConfig(),
         mesh=MeshConfig(fsdp=-1),
         seed=11111,
     )
@@ -113,6 +116,25 @@ def amber_tiny() -> RunConfig:
         loss_over="targets",
         execution=ExecutionConfig(compute_dtype="float32", microbatches=1, gather="layer", remat="none", loss_chunks=1),
         series=SeriesConfig(rolling_every_steps=20),
+        guard=GuardConfig(),
         mesh=MeshConfig(data=-1),
         seed=11111,
+    )
+
+
+def amber_360() -> RunConfig:
+    """Amber's whole series, 360 checkpoints and the one before the first step, of a toy model: a run of minutes.
+
+    Every chunk is two steps; everything else about the series is `amber_7b`'s. With ``--data synthetic`` nothing has to
+    be prepared.
+    """
+    tiny = amber_tiny()
+    return dataclasses.replace(
+        tiny,
+        recipe="amber_360",
+        model=dataclasses.replace(
+            tiny.model, vocab_size=256, context_length=32, num_layers=2, embed=32, num_heads=4, head_dim=8, mlp=88
+        ),
+        data=dataclasses.replace(tiny.data, global_batch=8, sequence_length=32, chunks=360, samples_per_chunk=16),
+        series=SeriesConfig(rolling_every_steps=20),
     )

@@ -24,7 +24,7 @@ from record import record
 from data.batch import Batch
 from data.loader import Loader
 from run import recipes
-from training.program import Program, planned_bytes
+from training.program import Program, no_limits, planned_bytes
 from training.step import batch_sharding
 
 
@@ -101,12 +101,13 @@ def main():
     plain_batches = [Batch(*(jax.device_put(a, mesh.devices.flat[0]) for a in b)) for b in batches]
     plain = jax.jit(plain_step, donate_argnums=(0, 1)).lower(params, moments, plain_batches[0]).compile()
 
+    limits = no_limits(mesh)
     times: dict[str, list[float]] = {"ours": [], "plain": []}
     for n, (batch, plain_batch) in enumerate(zip(batches, plain_batches)):
 
         def run_ours(batch=batch):
             nonlocal ours
-            ours, values = program.train_step(ours, batch)
+            ours, values = program.train_step(ours, batch, limits)
             return float(values["loss"])
 
         def run_plain(batch=plain_batch):

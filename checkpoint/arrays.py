@@ -1,8 +1,9 @@
 """Arrays on disk: the one place that knows Orbax, and the format of every checkpoint.
 
-An item ("params", "optimizer") is a folder with one folder per array, named by `checkpoint.names.flat`. Arrays are
-plain zarr 3, without OCDBT and compression: each can be hashed, compared and read alone by any zarr reader, and a
-flipped bit damages one number. Orbax has no checksum on array data in any of its formats; `checkpoint.manifest` has.
+An item ("params", "optimizer", "params_bfloat16") is a folder with one folder per array, named by
+`checkpoint.names.flat`. Arrays are plain zarr 3, without OCDBT and compression: each can be hashed, compared and read
+alone by any zarr reader, and a flipped bit damages one number. Orbax has no checksum on array data in any of its
+formats; `checkpoint.manifest` has.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ import tensorstore
 
 from checkpoint.names import from_flat, stacked
 
-ITEMS = ("params", "optimizer")
+ITEMS = ("params", "optimizer", "params_bfloat16")
+"""The last is a copy of the first, rounded, for analyses that read half as much."""
 
 _CHUNK_BYTES = 64 * 2**20
 """Largest file. Without it each shard is one file of one chunk, gigabytes when saved from few devices: hashed by one

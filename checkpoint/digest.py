@@ -32,21 +32,35 @@ _HIGH_WORD = 2**63  # where the upper halves of 64-bit elements lie, counted in 
 
 def digest(name: str, array: np.ndarray | jax.Array) -> str:
     """Of a whole tensor, 32 hex digits. A sharded array is summed where its shards are, on any mesh, not gathered."""
-    if isinstance(array, jax.Array) and not array.is_fully_replicated:
-        strides = _contiguous(array.shape)
-        parts = []  # all devices work before any is waited for
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                starts = [part.indices(size)[0] for part, size in zip(shard.index, array.shape, strict=True)]
-                parts.append(_partial(shard.data, sum(a * b for a, b in zip(starts, strides)), strides))
-        lanes = _total(np.asarray(part) for part in parts)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+    return digests([(name, array)])[0]
 
-            lanes = _total(multihost_utils.process_allgather(lanes))
-    else:
-        lanes = partial(array.addressable_data(0) if isinstance(array, jax.Array) else array)
-    return finish(name, array.shape, array.dtype, lanes)
+
+def digests(tensors: Sequence[tuple[str, np.ndarray | jax.Array]]) -> list[str]:
+    """Of several tensors with their names, as `digest`; all processes that hold parts of them call it alike.
+
+    The processes exchange 16 bytes a tensor, once.
+    """
+    parts = [_parts(x) for _, x in tensors]  # all devices work before any is waited for
+    lanes = np.array([_total(map(np.asarray, p)) for p in parts], np.uint32)  # [tensors, 4]
+    if jax.process_count() > 1 and lanes.size:
+        from jax.experimental import multihost_utils
+
+        lanes = _total(multihost_utils.process_allgather(lanes), lanes.shape)
+    return [finish(name, x.shape, x.dtype, row) for (name, x), row in zip(tensors, lanes, strict=True)]
+
+
+def _parts(x: np.ndarray | jax.Array) -> list[Any]:
+    """Sums of the pieces of a tensor that this process counts: each piece is counted by one."""
+    if jax.process_index() and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return []  # every process has it whole
+    if not isinstance(x, jax.Array):
+        return [_partial(x, 0, _contiguous(x.shape))]
+    strides, parts = _contiguous(x.shape), []
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            starts = [part.indices(size)[0] for part, size in zip(shard.index, x.shape, strict=True)]
+            parts.append(_partial(shard.data, sum(a * b for a, b in zip(starts, strides)), strides))
+    return parts
 
 
 def partial(x: Any, offset: int = 0, strides: Sequence[int] | None = None) -> np.ndarray:
@@ -85,8 +99,8 @@ def _partial(x: Any, offset: int, strides: tuple[int, ...]) -> np.ndarray | jax.
         return _total(pool.map(lambda block: np.asarray(_sums(*block)), _blocks(words, offset, strides)))
 
 
-def _total(lanes: Iterable[np.ndarray]) -> np.ndarray:
-    return sum(lanes, np.zeros(4, np.uint32))
+def _total(lanes: Iterable[np.ndarray], shape: tuple[int, ...] = (4,)) -> np.ndarray:
+    return sum(lanes, np.zeros(shape, np.uint32))
 
 
 def _mix(x: jax.Array, lo: jax.Array, hi: jax.Array, lane: tuple[int, ...]) -> jax.Array:

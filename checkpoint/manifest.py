@@ -9,15 +9,19 @@ import hashlib
 import json
 import math
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from errors import RunError, UserError
 
-VERSION = 2  # 1 had no origin, no digests, and always data
+VERSION = 3  # 2 had no digests of whole items and no kind "early"; 1 had no origin, no digests, and always data
 FILE = "manifest.json"
+Kind = Literal["series", "early", "rolling"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Kept for ever; extra ones before the first of those, of parameters alone; kept until the next, to resume from."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "grain", "array_record")
 
@@ -27,11 +31,11 @@ class Manifest:
     """What a checkpoint is, where it came from, and every byte it consists of."""
 
     index: int
-    """Place in the series: 0 after the first chunk, -1 before the first step. Of a rolling checkpoint: that of the
-    newest series checkpoint at or before it."""
+    """Place in the series: 0 after the first chunk, -1 before the first step. Of the other kinds: that of the newest
+    series checkpoint at or before it."""
     name: str
-    """Folder name: "init", "007" or, rolling, the step with eight digits."""
-    kind: Literal["series", "rolling"]
+    """Folder name: of the series "init", "007" or what the recipe says; of the other kinds the step, eight digits."""
+    kind: Kind
     phase: int
     """Part of the run with its own data mixture and schedule, from 0."""
     step: int
@@ -63,20 +67,26 @@ class Manifest:
     wall_time: float
     """Seconds since 1970 when the save began."""
     tensors: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """"ITEM/NAME" (also the array's folder) -> {"shape": [int], "dtype": str}; items are "params" and "optimizer".
-    Perhaps also "digest", from `checkpoint.digest`."""
+    """"ITEM/NAME" (also the array's folder) -> {"shape": [int], "dtype": str, "digest": str}; items are those of
+    `checkpoint.arrays.ITEMS`. The digest, of NAME and the array (`checkpoint.digest`), may be missing in old ones."""
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Path in the checkpoint -> {"bytes": int, "sha256": str}; every file but the manifest."""
     origin: dict[str, Any] | None = None
     """Where imported weights came from (format, folder, files and their hashes, …); None for trained ones."""
+    parent_index: int | None = None
+    """Index of the parent."""
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Item -> `checkpoint.digest.whole` of the digests of its arrays; empty in old manifests."""
     version: int = VERSION
 
     def __post_init__(self):
-        if self.kind not in ("series", "rolling"):
-            raise UserError(f"manifest: kind {self.kind!r} is neither 'series' nor 'rolling'")
+        if self.kind not in KINDS:
+            raise UserError(f"manifest: kind {self.kind!r} is none of {', '.join(KINDS)}")
         if self.index < -1 or self.step < 0:
             raise UserError(f"manifest: index {self.index} or step {self.step} is out of range (from -1, from 0)")
-        if self.name != (expected := checkpoint_name(self.kind, self.index, self.step)):
+        expected = checkpoint_name(self.kind, self.index, self.step)
+        named = self.kind == "series" and self.index >= 0 and not self.name.isdigit() and is_name(self.name)
+        if self.name != expected and not named:
             raise UserError(
                 f"manifest: name {self.name!r}, but {self.kind} index {self.index} at step {self.step} is {expected!r}"
             )
@@ -144,10 +154,15 @@ def read(directory: Path) -> Manifest:
 
 
 def checkpoint_name(kind: str, index: int, step: int) -> str:
-    """Folder name of a checkpoint in ``series/`` or ``rolling/``."""
-    if kind == "rolling":
+    """Folder name of a checkpoint; of the series where the recipe has no names of its own."""
+    if kind != "series":
         return f"{step:08d}"
     return "init" if index == -1 else f"{index:03d}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a recipe may give a checkpoint of the series this name."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) is not None and name not in ("init", "latest", "all")
 
 
 def environment() -> dict[str, str]:

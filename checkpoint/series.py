@@ -1,6 +1,7 @@
 """The checkpoint series of a run: list, choose, restore and check what is there, and add to it.
 
     RUN/series/init/  000/ 001/ ...   checkpoints that are kept
+    RUN/early/00000001/ 00000002/ ... extra ones before the first of those, if the recipe asks for them
     RUN/rolling/00001234/             the newest state, kept only to resume
     RUN/series.jsonl                  one line per series checkpoint, derived from the manifests
 
@@ -22,21 +23,20 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from checkpoint import arrays, files
-from checkpoint.manifest import FILE, Entry, Manifest
+from checkpoint import arrays, digest, files
+from checkpoint.manifest import FILE, KINDS, Entry, Kind, Manifest
 from checkpoint.names import flat, from_flat, nest, unnest
 from checkpoint.stream import Stream
 from checkpoint.tensors import Tensors
 from errors import RunError, UserError
 
-KINDS = ("series", "rolling")
 _BARRIER_MS = 20 * 60 * 1000  # hashing 100 GB on a slow disk, twice
-REF_SYNTAX = "DIR@K, DIR@init, DIR@latest, DIR@A:B:C, DIR@all or DIR@step=N"
+REF_SYNTAX = "DIR@K, DIR@NAME, DIR@init, DIR@latest, DIR@A:B:C, DIR@all or DIR@step=N"
 
 
 class Series:
@@ -55,6 +55,10 @@ class Series:
         """
         return sorted(self._read("series"), key=lambda e: e.manifest.index)
 
+    def early(self) -> list[Entry]:
+        """The extra checkpoints before the first of the series, by step. Raises as `entries` does."""
+        return sorted(self._read("early"), key=lambda e: e.manifest.step)
+
     def rolling(self) -> Entry | None:
         """The newest rolling checkpoint. Raises as `entries` does."""
         return max(self._read("rolling"), key=lambda e: e.manifest.step, default=None)
@@ -68,8 +72,8 @@ class Series:
     def resolve(self, selector: str) -> list[Entry]:
         """The checkpoints that a selector, the part of a reference after "@", names; at least one.
 
-        ``K`` an index, ``init``, ``latest``, ``all``, ``step=N``, or a Python slice over the indices from 0
-        (``0:360:10``, ``-5:``); "init" is in no slice.
+        ``K`` an index, a checkpoint's name, ``init``, ``latest``, ``all``, ``step=N`` (also of an early one), or a
+        Python slice over the indices from 0 (``0:360:10``, ``-5:``); "init" is in no slice.
 
         Raises:
             UserError: nothing has this name, or it is not a selector; says what there is.
@@ -88,15 +92,19 @@ class Series:
         elif re.fullmatch(r"\d+", selector):
             chosen = [by_index.get(int(selector))]
         elif match := re.fullmatch(r"step=(\d+)", selector):
-            chosen = [next((e for e in entries if e.manifest.step == int(match[1]) and e.is_placed), None)]
+            every = [*entries, *self.early()]
+            chosen = [next((e for e in every if e.manifest.step == int(match[1]) and e.is_placed), None)]
         elif re.fullmatch(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?", selector):
             bounds = [int(part) if part else None for part in selector.split(":")]
             if bounds[2:] == [0]:
                 raise UserError(f"{self.run}@{selector}: a slice cannot step by 0")
             chosen = [by_index.get(i) for i in range(*slice(*bounds).indices(entries[-1].manifest.index + 1))]
             chosen = [e for e in chosen if e]  # a pruned series has gaps
+        elif named := [e for e in entries if e.manifest.name == selector]:
+            chosen = [*named]
         else:
-            near = difflib.get_close_matches(selector, ["init", "latest", "all", "step="], 1)
+            names = [e.manifest.name for e in entries if not e.manifest.name.isdigit()]
+            near = difflib.get_close_matches(selector, [*names, "init", "latest", "all", "step="], 1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{self.run}@{selector}: not a checkpoint selector{hint}; write {REF_SYNTAX}")
         found = [e for e in chosen if e]
@@ -118,10 +126,10 @@ class Series:
             raise UserError(f"{self.run}@{index}: names {len(entries)} checkpoints, expected one")
         return Tensors(entries[0])
 
-    def _read(self, kind: str) -> list[Entry]:
+    def _read(self, kind: Kind) -> list[Entry]:
         return [entry for path in _folders(self.run / kind) if (entry := self._entry(path, kind))]
 
-    def _entry(self, path: Path, kind: str) -> Entry | None:
+    def _entry(self, path: Path, kind: Kind) -> Entry | None:
         file = path / FILE
         try:
             stat = file.stat()
@@ -159,7 +167,8 @@ def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: 
     """Arrays of a checkpoint, each read straight to the devices that its target names, on any mesh.
 
     Of several processes each verifies a part of the files; one that finds damage keeps all from going on. The dtypes
-    must be those on disk, but for one: bfloat16 is read into float32 where that is asked for, exactly.
+    must be those on disk, but for these: bfloat16 is read into float32 where that is asked for, exactly; and where
+    bfloat16 is asked for, the checkpoint's copy in it is read, if it has one.
 
     Args:
         entry: the checkpoint.
@@ -174,7 +183,8 @@ def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: 
         UserError: names, shapes or dtypes are not those of the checkpoint.
         RunError: a file is missing, changed or not part of the checkpoint.
     """
-    targets = {item: t for item, t in (("params", params), ("optimizer", optimizer)) if t is not None}
+    weights = "params_bfloat16" if _asks_for_copy(entry, params) else "params"
+    targets = {item: t for item, t in ((weights, params), ("optimizer", optimizer)) if t is not None}
     for item, target in targets.items():
         _check_target(entry, item, target)
     if verify:
@@ -186,7 +196,7 @@ def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: 
         except Exception as e:  # tensorstore has no error type of its own
             raise RunError(f"{entry.path}: cannot be read: {files.reason(e)}") from e
         restored[item] = unnest(target, nested)
-    return restored.get("params"), restored.get("optimizer")
+    return restored.get(weights), restored.get("optimizer")
 
 
 def verify_files(entry: Entry, items: Collection[str] | None = None, share: tuple[int, int] = (0, 1)) -> None:
@@ -268,7 +278,7 @@ class SeriesWriter:
                 files.remove(path, FILE)
             if newest := self._series.newest():
                 removed += self._prune(newest.manifest)
-            lines = "".join(map(_line, self._series.entries()))
+            lines = "".join(map(line, self._series.entries()))
             index = self.run / "series.jsonl"
             if lines != (index.read_text() if index.exists() else ""):
                 files.write_atomically(index, lines)
@@ -277,35 +287,35 @@ class SeriesWriter:
 
     def save(
         self,
-        kind: Literal["series", "rolling"],
+        manifest: Manifest,
         *,
         params: Any,
         optimizer: Any | None,
-        manifest: Manifest,
-        digests: Mapping[str, str] | None = None,
-        then: Callable[[], None] | None = None,
+        copy: Any | None = None,
+        then: Callable[[Entry], None] | None = None,
     ) -> None:
         """Save a state; returns once its arrays are copied to host memory. Waits for the save before this one.
 
+        The digests of all arrays are computed where they are, and go into the manifest.
+
         Args:
-            kind: that of the manifest.
+            manifest: without ``tensors``, ``digests`` and ``files``.
             params: pytree of arrays; may be donated or deleted after the return.
             optimizer: the same, or None for a checkpoint that cannot be resumed from.
-            manifest: without ``tensors`` and ``files``.
-            digests: from `checkpoint.digest`, by "ITEM/NAME" as in ``tensors``, to be put in the manifest.
-            then: called once the checkpoint is committed, in another thread.
+            copy: ``params`` in bfloat16, to be kept beside them.
+            then: called with the checkpoint once it is committed, in another thread.
 
         Raises:
             RunError: the checkpoint exists, cannot be written, or the save before this one failed.
             UserError: names of arrays that cannot be folders.
         """
         self.wait()
-        assert kind == manifest.kind, (kind, manifest.kind)
-        items = {"params": nest(params)} | ({} if optimizer is None else {"optimizer": nest(optimizer)})
-        tensors = _described({f"{item}/{n}": x for item, tree in items.items() for n, x in flat(tree).items()}, digests)
+        given = {"params": params, "optimizer": optimizer, "params_bfloat16": copy}
+        items = {item: nest(tree) for item, tree in given.items() if tree is not None}
         for item, tree in items.items():
             if not tree:
                 raise UserError(f"{manifest.name}: {item} holds no array; give None to save without")
+        leaves = {f"{item}/{name}": x for item, tree in items.items() for name, x in flat(tree).items()}
         path = self._new(manifest, sum(x.nbytes for tree in items.values() for x in jax.tree.leaves(tree)))
         try:
             self._discard(path)
@@ -313,7 +323,7 @@ class SeriesWriter:
         except Exception as e:
             self._discard(path)
             raise self._failed(path, e) from e
-        manifest = dataclasses.replace(manifest, tensors=tensors)
+        manifest = _describe(manifest, leaves, _digests(items))
         self._thread = threading.Thread(
             target=self._commit, args=(saver, path, manifest, then), name=f"commit {path.name}"
         )
@@ -347,15 +357,15 @@ class SeriesWriter:
             raise UserError(f"{manifest.name}: {empty[0]} holds no number; leave it out")
         tensors = {f"params/{name}": x for name, x in described.items()}
         path = self._new(manifest, sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values()))
-        manifest = dataclasses.replace(manifest, tensors=_described(tensors))
+        manifest = _describe(manifest, tensors, {})
         try:
             self._discard(path)
             with contextlib.closing(Stream(Entry(path, manifest, sha256=""), self._failed)) as target:
                 yield target
                 found = target.finish()
-            digests = {f"params/{name}": digest for name, digest in target.digests.items()}
             origin = target.origin or manifest.origin
-            manifest = dataclasses.replace(manifest, tensors=_described(tensors, digests), files=found, origin=origin)
+            manifest = _describe(manifest, tensors, {"params": target.digests})
+            manifest = dataclasses.replace(manifest, files=found, origin=origin)
             try:
                 self._publish(path, manifest)
             except Exception as e:
@@ -380,7 +390,7 @@ class SeriesWriter:
             raise failure
 
     def _commit(
-        self, saver: ocp.AsyncCheckpointer, path: Path, manifest: Manifest, then: Callable[[], None] | None
+        self, saver: ocp.AsyncCheckpointer, path: Path, manifest: Manifest, then: Callable[[Entry], None] | None
     ) -> None:
         try:
             arrays.finish_save(saver)
@@ -388,7 +398,7 @@ class SeriesWriter:
                 manifest = dataclasses.replace(manifest, files=files.hashes(path, files.listing(path)))
                 entry = self._publish(path, manifest)
                 if then:
-                    then()
+                    then(entry)
                 if entry.has("optimizer"):
                     self._prune(manifest)
             self._barrier()
@@ -412,7 +422,7 @@ class SeriesWriter:
         entry = Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())
         if manifest.kind == "series":
             with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
-                index.write(_line(entry))
+                index.write(line(entry))
         return entry
 
     def _prune(self, newest: Manifest) -> list[Path]:
@@ -460,6 +470,10 @@ class SeriesWriter:
             ocp.multihost.get_barrier_sync_fn()(key=f"checkpoint.series.{self._barriers}", timeout_ms=_BARRIER_MS)
 
 
+def _asks_for_copy(entry: Entry, params: Any | None) -> bool:
+    return entry.has("params_bfloat16") and all(x.dtype == jax.numpy.bfloat16 for x in jax.tree.leaves(params))
+
+
 def _check_target(entry: Entry, item: str, target: Any) -> None:
     stored = {n.partition("/")[2]: t for n, t in entry.manifest.tensors.items() if n.startswith(item + "/")}
     if not stored:
@@ -479,28 +493,40 @@ def _check_target(entry: Entry, item: str, target: Any) -> None:
         raise UserError(f"{entry.path}: its {item} arrays are of another model: {'; '.join(problems[:5])}{more}")
 
 
-def _described(leaves: Mapping[str, Any], digests: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """The manifest's ``tensors``."""
-    digests = digests or {}
-    if unknown := sorted(digests.keys() - leaves.keys()):
+def _digests(items: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Digests of all arrays by item and name. All processes call it alike."""
+    leaves = [(item, name, x) for item, tree in items.items() for name, x in flat(tree).items()]
+    values = digest.digests([(name, x) for _, name, x in leaves])
+    found: dict[str, dict[str, str]] = {item: {} for item in items}
+    for (item, name, _), value in zip(leaves, values, strict=True):
+        found[item][name] = value
+    return found
+
+
+def _describe(manifest: Manifest, leaves: Mapping[str, Any], digests: Mapping[str, Mapping[str, str]]) -> Manifest:
+    """The manifest with its ``tensors`` and ``digests``, those of each item by name."""
+    known = {f"{item}/{name}": value for item, values in digests.items() for name, value in values.items()}
+    if unknown := sorted(known.keys() - leaves.keys()):
         raise UserError(f"digests of {', '.join(unknown[:5])}, but the arrays are {', '.join(leaves)}")
-    return {
-        name: {"shape": list(x.shape), "dtype": x.dtype.name} | ({"digest": digests[name]} if name in digests else {})
+    tensors = {
+        name: {"shape": list(x.shape), "dtype": x.dtype.name} | ({"digest": known[name]} if name in known else {})
         for name, x in leaves.items()
     }
+    wholes = {item: digest.whole(values) for item, values in digests.items() if values}
+    return dataclasses.replace(manifest, tensors=tensors, digests=wholes)
 
 
 def _folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
 
 
-def _line(entry: Entry) -> str:
+def line(entry: Entry) -> str:
     """The line of a checkpoint in ``series.jsonl``."""
     m = entry.manifest
     fields = ("name", "index", "phase", "step", "tokens", "learning_rate", "loss", "wall_time")
-    line = {field: getattr(m, field) for field in fields}
-    line |= {"bytes": sum(f["bytes"] for f in m.files.values()), "manifest_sha256": entry.sha256}
-    return json.dumps(line, sort_keys=True) + "\n"
+    record = {field: getattr(m, field) for field in fields} | {"digest": m.digests.get("params")}
+    record |= {"bytes": sum(f["bytes"] for f in m.files.values()), "manifest_sha256": entry.sha256}
+    return json.dumps(record, sort_keys=True) + "\n"
 
 
 def _overview(entries: list[Entry], selector: str) -> str:

@@ -48,6 +48,11 @@ class CrystalConfig(ModelConfig):
         """That of the two matrices of a layer that write to the residual stream (fact sheet 1.8: 0.00228125)."""
         return self.kernel_std / (2 * self.num_layers) ** 0.5
 
+    @property
+    def undetermined(self) -> tuple[str, ...]:
+        """The bias of keys: where no position rotates it, it adds the same to every score of a query."""
+        return ("layers.attention.bk",) if self.rotary_dims < self.head_dim else ()
+
     def build(self, key: jax.Array) -> Decoder:
         """See `ModelConfig.build`."""
         from crystal_jax.model import build  # the model imports this file for its type

@@ -86,7 +86,9 @@ class PhasedAdamState(NamedTuple):
     """State of `scale_by_phased_adam`."""
 
     step: jax.Array
-    """int32 scalar: updates done in the whole run."""
+    """int32 scalar: steps done in the whole run."""
+    since: jax.Array
+    """int32 scalar: the start that the moments count from."""
     mu: Any
     nu: Any
 
@@ -104,19 +106,20 @@ def scale_by_phased_adam(b1: float, b2: float, eps: float, starts: Sequence[int]
     """
 
     def init(params: Any) -> PhasedAdamState:
-        return PhasedAdamState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+        zero = jnp.zeros((), jnp.int32)
+        return PhasedAdamState(zero, zero, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
     def update(updates: Any, state: PhasedAdamState, params: Any = None) -> tuple[Any, PhasedAdamState]:
         del params
         known = jnp.asarray(starts, jnp.int32)
         start = jnp.max(jnp.where(known <= state.step, known, 0))
         t = (state.step - start + 1).astype(jnp.float32)
-        kept = jnp.where(state.step == start, 0.0, 1.0)
+        kept = jnp.where(state.since == start, 1.0, 0.0)  # not step == start: the first step may have been skipped
         mu = jax.tree.map(lambda m, g: b1 * kept * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * kept * v + (1 - b2) * g * g, state.nu, updates)
         correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
         scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps) * correction, mu, nu)
-        return scaled, PhasedAdamState(optax.safe_increment(state.step), mu, nu)
+        return scaled, PhasedAdamState(optax.safe_increment(state.step), start, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

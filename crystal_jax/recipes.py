@@ -1,5 +1,6 @@
 """Whole runs of CrystalCoder, every number with its source (fact sheet = LLM360's published code, configs, cards)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from crystal_jax.config import CrystalConfig
 from crystal_jax.optimizer import LinearSchedule, MupAdamWConfig
 from data.mixture import Part
 from parallel.mesh import MeshConfig
-from training.config import DataConfig, ExecutionConfig, PhaseConfig, RunConfig, SeriesConfig
+from training.config import DataConfig, ExecutionConfig, GuardConfig, PhaseConfig, RunConfig, SeriesConfig
 
 
 def _parts(weights: Mapping[str, float], **how: Any) -> tuple[Part, ...]:
@@ -77,6 +78,9 @@ TINY_MIXTURES = (
     _parts({"code": 0.9}, epochs=3, fim_rate=0.3) + _parts({"prose": 0.1}, stop=0.1),
 )
 
+#: Of a checkpoint, as published (fact sheet 4.2).
+NAME = "CrystalCoder_phase{phase}_checkpoint_{phase_step:06d}"
+
 
 def crystal_7b() -> RunConfig:
     """CrystalCoder as LLM360 trained it: 1.39T tokens in three phases, a series of 143 checkpoints.
@@ -138,7 +142,8 @@ def crystal_7b() -> RunConfig:
         execution=ExecutionConfig(
             compute_dtype="bfloat16", microbatches=1, gather="layer", remat="full", loss_chunks=8
         ),
-        series=SeriesConfig(rolling_every_steps=100),
+        series=SeriesConfig(rolling_every_steps=100, name=NAME),
+        guard=GuardConfig(),
         mesh=MeshConfig(fsdp=-1),
         seed=1,
     )
@@ -196,7 +201,39 @@ def crystal_tiny() -> RunConfig:
         ),
         loss_over="positions",
         execution=ExecutionConfig(compute_dtype="float32", microbatches=1, gather="layer", remat="none", loss_chunks=1),
-        series=SeriesConfig(rolling_every_steps=20),
+        series=SeriesConfig(rolling_every_steps=20, name=NAME),
+        guard=GuardConfig(),
         mesh=MeshConfig(data=-1),
         seed=1,
+    )
+
+
+def crystal_143() -> RunConfig:
+    """CrystalCoder's whole series, 143 checkpoints over three phases, of a toy model: a run of minutes.
+
+    A checkpoint every two steps and at the end of each phase: 53 + 1, 71 + 1 and 16 + 1, as `crystal_7b`'s. With
+    ``--data synthetic`` nothing has to be prepared.
+    """
+    tiny = crystal_tiny()
+    steps = (107, 143, 33)
+    return dataclasses.replace(
+        tiny,
+        recipe="crystal_143",
+        model=dataclasses.replace(
+            tiny.model,
+            vocab_size=256,
+            context_length=32,
+            num_layers=2,
+            embed=32,
+            num_heads=4,
+            head_dim=8,
+            mlp=86,
+            rotary_dims=2,
+            width_multiplier=8.0,
+        ),
+        data=dataclasses.replace(tiny.data, global_batch=8, sequence_length=32),
+        phases=tuple(
+            PhaseConfig(steps=n, series_every_steps=2, mixture=m) for n, m in zip(steps, TINY_MIXTURES, strict=True)
+        ),
+        optimizer=dataclasses.replace(tiny.optimizer, kernel_multiplier=8.0),
     )

@@ -319,11 +319,14 @@ def _manifest(target: Target) -> Manifest:
         if recipe.data.samples_per_chunk is not None:
             chunk = (step - 1) // recipe.data.steps_per_chunk
         rate = float(recipe.optimizer.schedule(recipe.phase_steps)(step - 1))
+    name = checkpoint_name("series", target.index, step)
+    if recipe and position and position.index >= 0:
+        name = recipe.series.name_of(position)
     batch = recipe.data.global_batch if recipe else 0
     model = json.dumps(dataclasses.asdict(target.model), sort_keys=True)
     return Manifest(
         index=target.index,
-        name=checkpoint_name("series", target.index, step),
+        name=name,
         kind="series",
         phase=phase,
         step=step,

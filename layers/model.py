@@ -38,6 +38,11 @@ class ModelConfig(abc.ABC):
             if getattr(self, field) < 1:
                 raise UserError(f"model: {field}={getattr(self, field)} must be at least 1")
 
+    @property
+    def undetermined(self) -> tuple[str, ...]:
+        """Names of parameters that change nothing, in part at least: rounding alone decides how they are trained."""
+        return ()
+
     def check_positive(self, *fields: str) -> None:
         """Refuse fields that are not positive and finite (UserError)."""
         for name in fields:

@@ -24,6 +24,7 @@ import numpy as np
 from jax._src import clusters
 from jax._src import distributed as runtime  # the key-value store that all processes share has no public name
 from jax._src.clusters import cloud_tpu_cluster
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from errors import RunError, UserError
@@ -161,6 +162,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def takes_notice() -> bool:
+    """Whether JAX's preemption service listens for this run: for SIGTERM, by which clusters announce an eviction."""
+    return runtime.global_state.preemption_sync_manager is not None
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to save and leave now, as one of them was told; all ask alike, before every step."""
+    return takes_notice() and multihost_utils.reached_preemption_sync_point(step)
 
 
 class Vote:

@@ -155,7 +155,7 @@ def test_traces_need_the_runs_own_data(amber, work, capsys, tmp_path):
     assert call(capsys, "trace", tmp_path / "b", "--step", 0, "--global-batch", 4)[0] == 0
     code, _, err = call(capsys, "trace", tmp_path, "--step", 0)
     assert code == 2
-    assert "neither a data directory nor a run" in err
+    assert "not a run that was trained here" in err
 
 
 def test_checks_convert_and_train_on_published_files(amber, capsys, tmp_path):

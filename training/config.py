@@ -5,12 +5,14 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from checkpoint.manifest import is_name
 from data.loader import SyntheticData, TokenData
 from data.mixture import Part
 from data.sample import PhaseSamples, Schedule
@@ -187,13 +189,80 @@ class ExecutionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesConfig:
-    """What is kept besides the series (`PhaseConfig.series_every_steps`), which begins before the first step."""
+    """What is kept of a run. When, `PhaseConfig.series_every_steps` says; before the first step there is "init"."""
 
-    rolling_every_steps: int
-    """Steps between checkpoints that are kept only to resume."""
+    rolling_every_steps: int | None
+    """Steps between checkpoints that are kept only to resume; None: only as ``rolling_every_minutes`` says."""
+    rolling_every_minutes: float | None = None
+    """Minutes between them, besides."""
+    optimizer_every: int = 1
+    """Every so-manyth of the series has the optimizer state (indices k with (k + 1) a multiple, "init" and the last
+    always): the run can be replayed from it. Parameters are in all."""
+    early_base: int | None = None
+    """Extra checkpoints, of parameters alone, after 1, b, b^2, … steps, before the first of the series; None: none."""
+    bfloat16_copy: bool = False
+    """Keep the parameters in bfloat16 too, for analyses that need no more and then read half as much."""
+    name: str = "{index:03d}"
+    """Name of a checkpoint of the series: of index, step, phase (from 1) and phase_step."""
 
     def __post_init__(self) -> None:
         at_least("series.rolling_every_steps", self.rolling_every_steps, 1)
+        at_least("series.optimizer_every", self.optimizer_every, 1)
+        at_least("series.early_base", self.early_base, 2)
+        minutes = self.rolling_every_minutes
+        if minutes is not None and not 0 < minutes < math.inf:
+            raise UserError(f"config: series.rolling_every_minutes={minutes} must be positive")
+        if self.rolling_every_steps is None and minutes is None:
+            raise UserError(
+                "config: series: neither rolling_every_steps nor rolling_every_minutes; without one of them a kill "
+                "loses all since the newest checkpoint of the series"
+            )
+        try:
+            names = {self.name_of(Position(i, p, 10 * i + p, 5 * i + p + 1)) for i in range(3) for p in range(2)}
+        except (KeyError, IndexError, ValueError, AttributeError) as e:
+            raise UserError(f"config: series.name={self.name!r} is no format of a position ({e!r})") from e
+        if len(names) < 3 or not all(map(is_name, names)):
+            raise UserError(
+                f"config: series.name={self.name!r} must give every checkpoint its own name, of letters, digits, - "
+                "and _"
+            )
+        if any(n.isdigit() for n in names) and self.name != "{index:03d}":
+            raise UserError(
+                f"config: series.name={self.name!r} gives names that are numbers and could be taken for an index; "
+                "give {index:03d}, or put a letter in it"
+            )
+
+    def name_of(self, position: "Position") -> str:
+        """Folder name of the series checkpoint at a position."""
+        p = position
+        return self.name.format(index=p.index, step=p.step, phase=p.phase + 1, phase_step=p.phase_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What becomes of a step whose loss or gradient is not finite, or far above the ones before: it is never applied.
+
+    Limits follow from the losses and norms that were logged (`training.guard`), and a replay reads the ledger, so that
+    all of it may be changed while a run is interrupted.
+    """
+
+    on_trouble: Literal["stop", "skip_batch", "skip_chunk"] = "stop"
+    """Stop the run; or go on without the update of this step; or without those of the rest of its chunk (fact sheet
+    5.3(a): four of Amber's 360 gave NaN wherever they were put, and were left out)."""
+    loss_margin: float | None = None
+    """Trouble is also a loss so much (in nats) above the mean of the last ``window``; None: only one not finite."""
+    norm_factor: float | None = None
+    """Trouble is also a gradient norm so many times the mean of the last ``window``; None: only one not finite."""
+    window: int = 100
+    """Steps that limits are taken over; with fewer behind it the run has none yet."""
+    most: int = 10
+    """Stop where more steps, or chunks, than this are skipped one after the other."""
+
+    def __post_init__(self) -> None:
+        if self.on_trouble not in ("stop", "skip_batch", "skip_chunk"):
+            raise UserError(f"config: guard.on_trouble {self.on_trouble!r}: choose stop, skip_batch or skip_chunk")
+        for name, least in (("loss_margin", 0), ("norm_factor", 1), ("window", 1), ("most", 1)):
+            at_least(f"guard.{name}", getattr(self, name), least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +280,7 @@ class RunConfig:
     """The sum of the targets' losses is divided by their number, or by all positions of the batch, masked or not."""
     execution: ExecutionConfig
     series: SeriesConfig
+    guard: GuardConfig
     mesh: MeshConfig
     """Degrees of parallelism, as ``data=2,fsdp=2``."""
     seed: int
@@ -293,6 +363,16 @@ class RunConfig:
                 found.append(Position(len(found), phase, start + done, done))
             start += steps
         return tuple(found)
+
+    @property
+    def early_steps(self) -> tuple[int, ...]:
+        """Steps of the extra checkpoints before the first of the series."""
+        base, first = self.series.early_base, self.positions[0].step
+        return tuple(itertools.takewhile(lambda n: n < first, (base**k for k in itertools.count()))) if base else ()
+
+    def keeps_optimizer(self, index: int) -> bool:
+        """Whether the series checkpoint of this index has the optimizer state."""
+        return (index + 1) % self.series.optimizer_every == 0 or index == len(self.positions) - 1
 
     def phase_of(self, step: int) -> int:
         """Phase that a 0-based step belongs to."""
@@ -493,6 +573,7 @@ FREE = (
     "mesh", "execution.microbatches", "execution.gather", "execution.remat", "execution.remat_stage",
     "execution.loss_chunks", "execution.schedule", "execution.repeats", "execution.skip_idle", "execution.unroll",
     "execution.attention", "data.workers", "data.validation_every", "series.rolling_every_steps",
+    "series.rolling_every_minutes", "series.optimizer_every", "series.early_base", "series.bfloat16_copy", "guard",
 )  # fmt: skip
 
 

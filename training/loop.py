@@ -4,7 +4,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -14,17 +14,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoint.files import write_atomically
-from checkpoint.manifest import Manifest, checkpoint_name, code_version, environment
+from checkpoint.manifest import Kind, Manifest, checkpoint_name, code_version, environment
 from checkpoint.series import Entry, Series, SeriesWriter, restore
 from data.loader import Loader, SyntheticData, TokenData
 from data.mixed import MixedData
 from errors import RunError, UserError
 from parallel import distributed
 from training import step as steps
-from training.config import Family, RunConfig
+from training.config import Family, RunConfig, SeriesConfig
+from training.guard import Fault, Guard, plain
 from training.metrics import Ledger, MetricsWriter, ProgressLine
-from training.program import Program
+from training.program import Program, no_limits
+from training.record import RunRecord, made_by
 from training.state import TrainState
+from training.trace import documents
 
 Families = Mapping[str, Family]
 
@@ -55,7 +58,14 @@ class Outcome:
     mfu_full: float | None
 
 
-def train(config: RunConfig, run: Path, data: TokenData, families: Families, stop_at: int | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    run: Path,
+    data: TokenData,
+    families: Families,
+    stop_at: int | None = None,
+    faults: Sequence[Fault] = (),
+) -> Outcome:
     """Train, or continue, the run in a directory. Several processes call it alike, inside `distributed.start`.
 
     Args:
@@ -64,17 +74,18 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         data: `data.loader.ChunkedData` or `SyntheticData`.
         families: config classes by family name, to read ``config.json``.
         stop_at: stop after this many updates in all, with a checkpoint to resume from.
+        faults: damage to the batches of some steps, to see what the guard does.
 
     Raises:
         UserError: the directory belongs to another recipe or data; the mesh does not divide; a process was started
             with another recipe, data or code than process 0.
-        RunError: a checkpoint is corrupt, the disk is full.
+        RunError: a checkpoint is corrupt, the disk is full; or the guard stopped the run.
     """
     config = config.resolve(data)
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
     config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
-    loader = _loader(config, data, mesh)
+    loader = make_loader(config, data, mesh)
     data.check_files()
     lead = distributed.is_lead()
     distributed.check_same(
@@ -96,40 +107,52 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         if parent is None and lead:
             _keep_tokenizer(data, run)
         plan = Program.plan(config, mesh)
-        state = _restore(plan, parent) if parent else plan.init()
+        state = restore_state(plan, parent) if parent else plan.init()
         program = plan.compile()
 
+        skipping = distributed.from_lead(RunRecord(run, families).inside_skip(begin) if lead and parent else begin)
         metrics, ledger = MetricsWriter(run, begin if parent else None, lead), Ledger(run, lead)
         ledger(
             "resume" if parent else "start",
             step=begin,
             mesh=dict(mesh.shape),
-            processes=jax.process_count(),
+            **({"mesh_before": parent.manifest.mesh} if parent else {}),
+            execution=dataclasses.asdict(config.execution),
             parent=parent and parent.manifest.name,
+            parent_sha256=parent and parent.sha256,
+            **made_by(mesh),
             **_read_from(data),
         )
-        kept = {0, *(p.step for p in config.positions)}
-        log = Log(program, metrics)
+        past = distributed.from_lead(metrics.applied[-config.guard.window - 2 :])
+        guard = Guard(config.guard, mesh, [tuple(step) for step in past], skipping)
+        log = Log(program, metrics, Watch(guard, loader, ledger))
         save = Saver(program, loader, writer, ledger, run)
+        due = Rolling(config.series, mesh)
         stop_now = distributed.Vote(mesh)
-        if parent is None:
-            save(state, "series", log)
+        kept = {0, *(p.step for p in config.positions)}
+        save.what_is_missing(state, begin, log)
         if distributed.from_lead(begin in kept and begin not in metrics.validated):
             log.validation(begin, program.validate(state.params, data))
 
-        done = begin
-        for batch in loader.batches(begin, begin if stop_now(stop.requested) else end):
-            state, values = program.train_step(state, batch)
-            log.step(done, values)
+        done, batches, previous = begin, None, None
+        stopping = stop_now(stop.requested)
+        while done < end and not stopping:
+            if done < guard.until:
+                log.flush()
+                state, batches, previous = program.pass_over(state), None, None
+            else:
+                batches = batches or loader.batches(done, end)
+                batch = next(batches)
+                for fault in faults:
+                    batch = fault.damage(batch) if fault.step == done else batch
+                state, values = program.train_step(state, batch, guard.limits(done, log.waits_for(done, previous)))
+                previous = values["applied"]
+                log.step(done, values)
             done += 1
-            stopping, keep = stop_now(stop.requested), done in kept
-            if keep:
-                save(state, "series", log)
-            elif stopping or done == end or done % config.series.rolling_every_steps == 0:
+            stopping, keep = stop_now(distributed.preempted(done) or stop.requested), done in kept
+            if not save.what_is_missing(state, done, log) and (due(done) or stopping or done == end):
                 save(state, "rolling", log)
-            if stopping:
-                break  # a validation that is missing now is made up for when the run goes on
-            if keep:
+            if keep and not stopping:  # a validation that is missing then is made up for when the run goes on
                 log.validation(done, program.validate(state.params, data))
         log.close()
         writer.wait()
@@ -139,7 +162,8 @@ def train(config: RunConfig, run: Path, data: TokenData, families: Families, sto
         return log.outcome(reason, done, begin if parent else None)
 
 
-def _loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
+def make_loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
+    """The batches of a resolved config on a mesh."""
     return Loader(
         data,
         phase_steps=config.phase_steps,
@@ -220,12 +244,28 @@ def _keep_tokenizer(data: TokenData, run: Path) -> None:
         write_atomically(run / data.tokenizer_file.name, data.tokenizer_file.read_bytes())
 
 
-def _restore(program: Program, entry: Entry) -> TrainState:
-    """The state of a checkpoint on this mesh."""
+def restore_state(program: Program, entry: Entry, optimizer: bool = True) -> TrainState:
+    """The state of a checkpoint on this mesh; without ``optimizer``, None for that."""
     abstract = program.abstract
-    params, optimizer = restore(entry, params=abstract.params, optimizer=abstract.optimizer)
+    params, moments = restore(entry, params=abstract.params, optimizer=abstract.optimizer if optimizer else None)
     step = jax.device_put(np.int32(entry.manifest.step), abstract.step.sharding)
-    return TrainState(step, params, optimizer)
+    return TrainState(step, params, moments)
+
+
+class Rolling:
+    """When to save what is kept only to resume: by steps, by time, or both."""
+
+    def __init__(self, config: SeriesConfig, mesh: Mesh):
+        self._steps, self._minutes = config.rolling_every_steps, config.rolling_every_minutes
+        self._since = time.monotonic()
+        self._late = distributed.Vote(mesh)  # clocks differ
+
+    def __call__(self, done: int) -> bool:
+        """Whether it is time after this many steps. All processes ask alike, after every step."""
+        late = self._minutes is not None and self._late(time.monotonic() - self._since >= 60 * self._minutes)
+        if late:
+            self._since = time.monotonic()
+        return late or (self._steps is not None and done % self._steps == 0)
 
 
 class Saver:
@@ -235,8 +275,32 @@ class Saver:
         self.program, self.loader, self.writer, self.ledger = program, loader, writer, ledger
         self.series = Series(run)
         self.versions, self.code = environment(), code_version()
+        self.by_step = {p.step: p for p in program.config.positions}
+        self.early = set(program.config.early_steps)
+        self._round = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
 
-    def __call__(self, state: TrainState, kind: Literal["series", "rolling"], log: "Log") -> None:
+    def what_is_missing(self, state: TrainState, step: int, log: "Log") -> bool:
+        """Save what is kept for ever of this step, if anything, and is not there; whether there was something.
+
+        What is saved without optimizer state is saved to resume from first: so a run never has to go on from a step
+        before one that is kept, and would come to it a second time.
+        """
+        kind: Kind = "series" if step == 0 or step in self.by_step else "early"
+        if kind == "early" and step not in self.early:
+            return False
+        there = self.series.entries() if kind == "series" else self.series.early()
+        if distributed.from_lead(any(e.manifest.step == step for e in there)):
+            return False
+        if kind == "early" or not self._keeps_optimizer(step):
+            self(state, "rolling", log)
+        self(state, kind, log)
+        return True
+
+    def _keeps_optimizer(self, step: int) -> bool:
+        index = self.by_step[step].index if step else -1
+        return self.program.config.keeps_optimizer(index)
+
+    def __call__(self, state: TrainState, kind: Kind, log: "Log") -> None:
         """Save asynchronously; the arrays may be donated once this returns."""
         log.flush()
         config, step = self.program.config, int(state.step)
@@ -246,42 +310,96 @@ class Saver:
         since = parent.manifest.step if parent else 0
         batch = config.data.global_batch
         index = sum(p.step <= step for p in config.positions) - 1
+        name = checkpoint_name(kind, index, step)
+        if kind == "series" and step:
+            name = config.series.name_of(self.by_step[step])
         device = self.program.mesh.devices.flat[0]
+        optimizer = kind == "rolling" or (kind == "series" and self._keeps_optimizer(step))
+        copy = self._round(state.params) if kind == "series" and config.series.bfloat16_copy else None
+        manifest = Manifest(
+            index=index,
+            name=name,
+            kind=kind,
+            phase=config.phase_of(step - 1) if step else 0,
+            step=step,
+            tokens=step * config.data.tokens_per_step,
+            chunk=self.loader.schedule.place(step - 1, batch - 1)[0] if step else None,
+            samples=(since * batch, step * batch),
+            parent=parent.manifest.name if parent else None,
+            parent_index=parent.manifest.index if parent else None,
+            parent_sha256=parent.sha256 if parent else None,
+            config_sha256=config.sha256,
+            data_sha256=self.loader.data.sha256,
+            mesh=dict(self.program.mesh.shape),
+            device_kind=device.device_kind,
+            process_count=jax.process_count(),
+            code_version=self.code,
+            versions=self.versions,
+            learning_rate=float(self.program.learning_rate(step - 1)) if step else 0.0,
+            loss=log.loss_since(since),
+            wall_time=time.time(),
+        )
+
+        def committed(entry: Entry) -> None:
+            self.ledger("save", step=step, kind=kind, name=name, manifest_sha256=entry.sha256)
+
         self.writer.save(
-            kind,
+            manifest,
             params=state.params,
-            optimizer=state.optimizer,
-            then=lambda: self.ledger("save", step=step, kind=kind),
-            manifest=Manifest(
-                index=index,
-                name=checkpoint_name(kind, index, step),
-                kind=kind,
-                phase=config.phase_of(step - 1) if step else 0,
-                step=step,
-                tokens=step * config.data.tokens_per_step,
-                chunk=self.loader.schedule.place(step - 1, batch - 1)[0] if step else None,
-                samples=(since * batch, step * batch),
-                parent=parent.manifest.name if parent else None,
-                parent_sha256=parent.sha256 if parent else None,
-                config_sha256=config.sha256,
-                data_sha256=self.loader.data.sha256,
-                mesh=dict(self.program.mesh.shape),
-                device_kind=device.device_kind,
-                process_count=jax.process_count(),
-                code_version=self.code,
-                versions=self.versions,
-                learning_rate=float(self.program.learning_rate(step - 1)) if step else 0.0,
-                loss=log.loss_since(since),
-                wall_time=time.time(),
-            ),
+            optimizer=state.optimizer if optimizer else None,
+            copy=copy,
+            then=committed,
+        )
+
+
+class Watch:
+    """Deals with steps that were not applied, as the recipe says: the guard knows what goes on, the ledger what was."""
+
+    def __init__(self, guard: Guard, loader: Loader, ledger: Ledger):
+        self.guard, self.loader, self.ledger = guard, loader, ledger
+
+    def next_chunk(self, step: int) -> int:
+        """The first step that begins in another chunk than this one."""
+        place = lambda n: self.loader.schedule.place(n, 0)[0]  # noqa: E731
+        return next((n for n in range(step + 1, self.loader.steps) if place(n) != place(step)), self.loader.steps)
+
+    def trouble(self, step: int, loss: float, norm: float) -> None:
+        """Skip what is to be skipped.
+
+        Raises:
+            RunError: the recipe says to stop, or it was skipped too often.
+        """
+        policy, why = self.guard.config.on_trouble, self.guard.why(step, loss, norm)
+        until = {"stop": step, "skip_batch": step + 1, "skip_chunk": self.next_chunk(step)}[policy]
+        go_on = policy != "stop" and self.guard.skip(until)
+        batch = self.loader.schedule.global_batch
+        what = {
+            "step": step,
+            "chunk": self.loader.schedule.place(step, 0)[0],
+            "samples": [step * batch, (step + 1) * batch],
+            "reason": why,
+            "loss": plain(loss),
+            "grad_norm": plain(norm),
+            "policy": policy,
+            "documents": documents(self.loader.data, self.loader.schedule, step) if self.ledger.writes else [],
+        }
+        if go_on:
+            self.ledger("skip", until=until, **what)
+            return
+        self.ledger("guard", **what)
+        often = f" (after {self.guard.config.most} that were skipped)" if policy != "stop" else ""
+        raise RunError(
+            f"step {step}: {why}{often}. Its update was not applied, and nothing of it was saved; the ledger names its "
+            "documents. The same command goes on from the checkpoint before: lower the learning rate, or let it skip "
+            "with --guard.on-trouble skip_batch or skip_chunk"
         )
 
 
 class Log:
     """Collects what the steps report, one step late so that the devices never wait for the host."""
 
-    def __init__(self, program: Program, metrics: MetricsWriter):
-        self.program, self.metrics = program, metrics
+    def __init__(self, program: Program, metrics: MetricsWriter, watch: Watch):
+        self.program, self.metrics, self.watch = program, metrics, watch
         self.progress = ProgressLine(program.config.total_steps, writes=metrics.writes)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = time.perf_counter()
@@ -293,7 +411,14 @@ class Log:
     def step(self, step: int, values: dict[str, jax.Array]) -> None:
         """Take the metrics of a step that was just dispatched; write those of the step before."""
         self.flush()
-        self.pending = (step, values)
+        if step >= self.watch.guard.until:  # else the step before was not applied, and this one was held back with it
+            self.pending = (step, values)
+
+    def waits_for(self, step: int, applied: jax.Array | None) -> jax.Array | None:
+        """``applied``, of the step before this one, if this one must not be applied where that was not."""
+        policy = self.watch.guard.config.on_trouble
+        together = policy == "stop" or (policy == "skip_chunk" and step < self.watch.next_chunk(step - 1))
+        return applied if applied is not None and self.pending is not None and together else None
 
     def flush(self) -> None:
         """Wait for the pending step and write it."""
@@ -303,15 +428,15 @@ class Log:
         step, values = self.pending
         self.pending = None
         record: dict[str, Any] = {name: float(v) for name, v in values.items()}
-        if not np.isfinite(record["loss"]) or not np.isfinite(record["grad_norm"]):
-            raise RunError(
-                f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite, and nothing "
-                "of it was saved; the same command goes on from the checkpoint before. Lower the learning rate, or "
-                "look at the data of this step"
-            )
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.times.append(seconds)
+        if not record.pop("applied"):
+            found = {name: plain(value) for name, value in record.items()}
+            self.metrics.write("skipped", step, found)
+            self.watch.trouble(step, record["loss"], record["grad_norm"])
+            return
+        self.watch.guard.applied(step, record["loss"], record["grad_norm"])
         record |= {"tokens": (step + 1) * self.program.config.data.tokens_per_step, **self.program.throughput(seconds)}
         self.losses[step] = self.last_loss = record["loss"]
         self.metrics.write("train", step, record)
@@ -357,14 +482,17 @@ class Log:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into ``requested``; a second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into ``requested``; a second one acts as usual.
+
+    Of several processes SIGTERM is left to JAX's own service (`distributed.preempted`), which tells all of them.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT,) if distributed.takes_notice() else (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -385,11 +513,11 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
     distributed.check_same("train", {"config": config.to_dict(), "data manifest": data.sha256, "--steps": num_steps})
     program = Program.plan(config, mesh).compile()
-    state = program.init()
+    state, limits = program.init(), no_limits(mesh)
     times, losses = [], []
-    for index, batch in enumerate(_loader(config, data, mesh).batches(0, num_steps)):
+    for index, batch in enumerate(make_loader(config, data, mesh).batches(0, num_steps)):
         start = time.perf_counter()
-        state, values = program.train_step(state, batch)
+        state, values = program.train_step(state, batch, limits)
         losses.append(float(values["loss"]))
         times.append(time.perf_counter() - start)
         on_step(index)

@@ -50,12 +50,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Ledger:
-    """The run's append-only record of events: start, resume, save, stop, finish."""
+    """The run's append-only record of events: start, resume, save, skip, guard, stop, finish, verify, import.
 
-    def __init__(self, run: Path, writes: bool = True):
+    Who has the run's lock makes it tidy first: a torn last line is cut off.
+    """
+
+    def __init__(self, run: Path, writes: bool = True, tidy: bool = True):
         self.path = run / "ledger.jsonl"
         self.writes = writes
-        if writes:
+        if writes and tidy:
             cut_torn_line(self.path)
 
     def __call__(self, event: str, **fields: Any) -> None:
@@ -68,15 +71,17 @@ class MetricsWriter:
     """``metrics.jsonl`` and TensorBoard, both cut back to the step that a run resumes from (None: to nothing).
 
     Lines are ``{"kind": "train", "step": n, ...}`` with n the 0-based index of the step whose loss it is, and
-    ``{"kind": "validation", "step": n, ...}`` with n the number of updates done. Of a run's processes one ``writes``;
-    to the others nothing was ever logged.
+    ``{"kind": "validation", "step": n, ...}`` with n the number of updates done; and ``"skipped"``, as "train", of a
+    step that was not applied. Of a run's processes one ``writes``; to the others nothing was ever logged.
     """
 
     def __init__(self, run: Path, resume_step: int | None, writes: bool = True):
         self.path = run / "metrics.jsonl"
         self.writes = writes
         kept = self._cut(-1 if resume_step is None else resume_step) if writes else []
-        self.losses = {r["step"]: r["loss"] for r in kept if r["kind"] == "train"}
+        trained = [r for r in kept if r["kind"] == "train"]
+        self.losses = {r["step"]: r["loss"] for r in trained}
+        self.applied = [(r["step"], r["loss"], r["grad_norm"]) for r in trained]
         self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
         self.board = Board(run / "tensorboard", kept) if writes else None
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.batch import Batch
 from data.loader import TokenData
@@ -34,7 +34,9 @@ class Program:
     abstract: TrainState
     """Shapes, dtypes and shardings of the state."""
     train_step: Any = None
-    """Compiled ``(state, batch) -> (state, metrics)``; donates the state."""
+    """Compiled ``(state, batch, limits) -> (state, metrics)``; donates the state."""
+    pass_over: Any = None
+    """Jitted ``state -> state``, a step later without an update; donates the state."""
     eval_step: Any = None
     """Jitted ``(params, batch) -> {"loss_sum", "weight"}``; compiles when first called."""
     compile_s: float = 0.0
@@ -61,7 +63,7 @@ class Program:
         step = steps.make_train_step(
             self.config.model, self.optimizer, self.learning_rate, self.region, self.mesh, self.config.loss_over
         )
-        return step.trace(self.abstract, abstract_batch(self.config, self.mesh))
+        return step.trace(self.abstract, abstract_batch(self.config, self.mesh), abstract_limits(self.mesh))
 
     @property
     def region(self) -> Region:
@@ -75,6 +77,7 @@ class Program:
         return dataclasses.replace(
             self,
             train_step=compiled,
+            pass_over=jax.jit(states.pass_over, donate_argnums=0, out_shardings=states.shardings(self.abstract)),
             eval_step=steps.make_eval_step(self.config.model, self.region, self.mesh),
             compile_s=time.perf_counter() - start,
             peak_bytes=planned_bytes(compiled),
@@ -141,6 +144,16 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
     shape = (parts, config.data.global_batch // parts, config.data.sequence_length)
     dtypes = (jnp.int32, jnp.int32, jnp.float32)
     return Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=sharding) for t in dtypes))  # type: ignore[arg-type]
+
+
+def abstract_limits(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of a step's limits on loss and gradient norm."""
+    return jax.ShapeDtypeStruct((2,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def no_limits(mesh: Mesh) -> jax.Array:
+    """Limits that every finite step is within."""
+    return jax.device_put(steps.NO_LIMITS, NamedSharding(mesh, PartitionSpec()))
 
 
 def planned_bytes(compiled: Any) -> int:

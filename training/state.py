@@ -44,6 +44,17 @@ def shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
+def pass_over(state: TrainState) -> TrainState:
+    """The state a step later without an update: counters go on, parameters and moments stay."""
+    counters = lambda path, x: x + 1 if getattr(path[-1], "name", "") in _COUNTERS else x  # noqa: E731
+    optimizer = jax.tree_util.tree_map_with_path(counters, state.optimizer)
+    return TrainState(state.step + 1, state.params, optimizer)
+
+
+#: Fields of optimizer states that count steps: optax's and ours.
+_COUNTERS = ("count", "step")
+
+
 def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """The state before the first step, each array made on the devices that hold it.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,9 +23,11 @@ from parallel import axes
 from parallel.axes import BATCH_AXES, PIPELINE
 from parallel.collectives import psum
 from training.gradients import loss_and_gradients, loss_sum
-from training.state import TrainState, abstract_state, shardings
+from training.state import TrainState, abstract_state, pass_over, shardings
 
 Metrics = dict[str, jax.Array]
+#: Every loss and gradient norm is within these, if it is finite.
+NO_LIMITS = np.full(2, np.inf, np.float32)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -68,22 +71,30 @@ def make_train_step(
     mesh: Mesh,
     loss_over: Literal["targets", "positions"] = "targets",
 ) -> Any:
-    """The jitted ``(state, batch) -> (state, metrics)``. The old state is donated.
+    """The jitted ``(state, batch, limits) -> (state, metrics)``. The old state is donated.
 
-    Metrics are float32 scalars: loss, grad_norm (true global norm, before clipping), learning_rate (of this update).
+    ``limits`` are float32 [2], of loss and gradient norm (`NO_LIMITS`). Where one is exceeded, or is not finite, the
+    update does not land: `training.state.pass_over`.
+
+    Metrics are float32 scalars: loss, grad_norm (true global norm, before clipping), learning_rate (of this update),
+    applied (1 or 0).
     """
     loss_and_gradients = make_loss_and_gradients(model, region, mesh, loss_over)
     where = shardings(abstract_state(model, optimizer, mesh))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, limits: jax.Array) -> tuple[TrainState, Metrics]:
         loss, gradients = loss_and_gradients(state.params, batch)
+        norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments)
+        applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limits[0]) & (norm <= limits[1])
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "applied": applied.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
+        return jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, pass_over(state)), metrics
 
     # out_shardings equal to the state's own: without them the second step would compile again.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))

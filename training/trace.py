@@ -5,7 +5,6 @@ checkpoints come after that step.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -21,7 +20,7 @@ from data.tokenizer import Tokenizer, files_in, load
 from data.trace import Piece, Place, Tracer, row_pieces
 from errors import UserError
 from training.config import Family, RunConfig
-from training.metrics import read_lines
+from training.record import RunRecord
 
 
 class RunTracer:
@@ -49,7 +48,10 @@ class RunTracer:
                 steps = tuple(p.steps(global_batch) for p in self.data.phases)
                 self.schedule = Schedule(self.data.phases, steps, global_batch)
             return
-        config, (named, weights) = _config(folder, families), _data_of(folder)
+        record = RunRecord(folder, families)
+        config, (named, weights) = record.config, record.data
+        if named is None:
+            raise UserError(f"{folder}: was trained on synthetic data, which is made of no documents")
         self.data = open_data(data or named, config)
         if weights:
             self.mixed = MixedData(self.data, weights)
@@ -166,25 +168,27 @@ class RunTracer:
         return {"step": step, "row": row, "first_checkpoint": after[0] if after else None, "checkpoints": len(after)}
 
 
+def documents(data: Any, schedule: Schedule, step: int) -> list[str]:
+    """Names of the documents in a step's batch, each once, as `RunTracer.document` takes them.
+
+    Of prepared data, also in other shares of its sources; of other data there is no index, and the list is empty.
+    """
+    prepared = data.data if isinstance(data, MixedData) else data
+    if not isinstance(prepared, ChunkedData):
+        return []
+    places = [schedule.place(step, row) for row in range(schedule.global_batch)]
+    if isinstance(data, MixedData):
+        places = [data.origin(*place) for place in places]
+    tracer, names = Tracer(prepared), dict[str, None]()
+    for chunk, of_chunk in groupby(places, key=lambda place: place[0]):
+        for origin in tracer.origins(chunk, [position for _, position in of_chunk]):
+            names |= dict.fromkeys(str(_piece(p)["document"]) for p in tracer.pieces_of(origin))
+    return list(names)
+
+
 def _piece(piece: Piece) -> dict[str, Any]:
     document = None if piece.document is None else f"{piece.source}/{piece.document}"
     return {**dataclasses.asdict(piece), "document": document}
-
-
-def _config(run: Path, families: Mapping[str, Family]) -> RunConfig:
-    try:
-        return RunConfig.from_dict(json.loads((run / "config.json").read_text()), families)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run}: neither a data directory nor a run that can be traced ({error})") from error
-
-
-def _data_of(run: Path) -> tuple[Path, tuple[tuple[str, float], ...]]:
-    """The data directory that the ledger names last, and the shares of its sources if the run had its own."""
-    named = [e for e in read_lines(run / "ledger.jsonl") if e.get("data")]
-    if not named or named[-1]["data"] == "synthetic":
-        raise UserError(f"{run}: its ledger names no data directory: a run on synthetic data reads no documents")
-    mixture = named[-1].get("mixture") or []
-    return Path(named[-1]["data"]), tuple((str(name), float(weight)) for name, weight in mixture)
 
 
 def lines(samples: list[dict[str, Any]], width: int = 100) -> list[str]:

@@ -55,7 +55,7 @@ def test_truncated(full):
 def test_a_newer_version_is_the_users_to_solve(full, tmp_path):
     body = dataclasses.asdict(full) | {"version": 99, "digest": "of the future"}
     (tmp_path / "manifest.json").write_text(sealed(**body))
-    with pytest.raises(UserError, match="version 99, but this code reads up to 2; update the code"):
+    with pytest.raises(UserError, match="version 99, but this code reads up to 3; update the code"):
         manifest.read(tmp_path)
 
 
@@ -92,7 +92,7 @@ def test_no_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"kind": "daily"}, UserError, "kind 'daily' is neither"),
+        ({"kind": "daily"}, UserError, "kind 'daily' is none of series, early, rolling"),
         ({"index": -2}, UserError, "index -2 or step 80 is out of range"),
         ({"step": -1}, UserError, "index 7 or step -1 is out of range"),
         ({"name": "7"}, UserError, "name '7', but series index 7 at step 80 is '007'"),

@@ -105,7 +105,7 @@ def test_parameters_without_optimizer_state_cannot_be_resumed(run, asked):
 
     with SeriesWriter(run) as writer:
         params, _ = tiny_run.state(0, tiny_run.mesh(2, 4))
-        writer.save("series", params=params, optimizer=None, manifest=tiny_run.manifest("series", 6))
+        writer.save(tiny_run.manifest("series", 6), params=params, optimizer=None)
     with pytest.raises(UserError, match=r"series/006: holds no optimizer, only params"):
         restore(entry(run, "6"), params=asked[0], optimizer=asked[1])
     restore(entry(run, "6"), params=asked[0], optimizer=None)

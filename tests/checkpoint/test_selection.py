@@ -90,7 +90,7 @@ def test_newest_is_the_furthest_step_that_can_be_resumed(run):
     assert Series(run).newest().manifest.name == "00000055"
     with SeriesWriter(run) as writer:
         params, _ = tiny_run.state(70, tiny_run.mesh(2, 4))
-        writer.save("series", params=params, optimizer=None, manifest=tiny_run.manifest("series", 6))
+        writer.save(tiny_run.manifest("series", 6), params=params, optimizer=None)
         writer.wait()
         assert Series(run).newest().manifest.name == "00000055"  # 006 has no optimizer state
         tiny_run.save(writer, "rolling", 5, step=60)

@@ -57,7 +57,7 @@ def test_it_is_a_checkpoint_like_every_other(tmp_path, state):
             assert Series(tmp_path / "run").entries() == []
             saved_before = target.tensors()
             np.testing.assert_array_equal(saved_before["layers.1.attention.wq"][3:5], named[WQ][1, 3:5])
-        writer.save("series", params=params, optimizer=None, manifest=tiny_run.manifest("series", 1))
+        writer.save(tiny_run.manifest("series", 1), params=params, optimizer=None)
         writer.wait()
         assert writer.clean() == []
     streamed, saved = Series(tmp_path / "run").resolve("0:")

@@ -1,15 +1,14 @@
 """Parts of a checkpoint are read alone, and what is read was compared with the manifest."""
 
-import dataclasses
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import arrays
-from checkpoint.series import Series, SeriesWriter
+from checkpoint import arrays, digest
+from checkpoint.series import Series, SeriesWriter, restore
 from checkpoint.tensors import Tensors
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
@@ -128,7 +127,7 @@ def test_a_layer_of_a_large_stack_has_its_own_files(tmp_path, monkeypatch):
     w = np.arange(4 * 16 * 32, dtype=np.float32).reshape(4, 16, 32)
     params = {"layers": {"w": jnp.asarray(w), "small": jnp.ones((4, 8))}, "norm": np.ones(3)}
     with SeriesWriter(tmp_path) as writer:
-        writer.save("series", params=params, optimizer=None, manifest=tiny_run.manifest("series", 0))
+        writer.save(tiny_run.manifest("series", 0), params=params, optimizer=None)
     folder = tmp_path / "series/000/params"
     assert sorted(p.name for p in (folder / "layers.w/c").iterdir()) == ["0", "1", "2", "3"]
     assert [p.name for p in (folder / "layers.small/c").iterdir()] == ["0"]
@@ -139,18 +138,35 @@ def test_a_layer_of_a_large_stack_has_its_own_files(tmp_path, monkeypatch):
     np.testing.assert_array_equal(Series(tmp_path)[0]["layers.2.w"][...], w[2])
 
 
-def test_digests_given_to_save_are_in_the_manifest(tmp_path):
+def test_every_save_has_digests_that_do_not_depend_on_the_mesh(tmp_path):
+    manifests = []
+    for degrees in ((1, 1), (2, 4), (8, 1)):
+        params, optimizer = tiny_run.state(3, tiny_run.mesh(*degrees))
+        with SeriesWriter(tmp_path / str(degrees)) as writer:
+            writer.save(tiny_run.manifest("series", 0), params=params, optimizer=optimizer)
+        (entry,) = Series(tmp_path / str(degrees)).entries()
+        manifests.append(entry.manifest)
+    one = manifests[0]
+    assert all((m.tensors, m.digests) == (one.tensors, one.digests) for m in manifests)
+    assert one.digests.keys() == {"params", "optimizer"}
+    for name, tensor in Tensors(entry).items():
+        assert one.tensors[f"params/{name}"]["digest"] == digest.digest(name, tensor[...])
+    other, _ = tiny_run.state(4, tiny_run.mesh(1, 1))
+    with SeriesWriter(tmp_path / "other") as writer:
+        writer.save(tiny_run.manifest("series", 0), params=other, optimizer=optimizer)
+    (entry,) = Series(tmp_path / "other").entries()
+    assert entry.manifest.digests["params"] != one.digests["params"]
+    assert entry.manifest.digests["optimizer"] == one.digests["optimizer"]
+
+
+def test_a_copy_in_bfloat16_is_read_where_that_is_asked_for(tmp_path):
+    weights = {"w": jnp.linspace(0, 1, 12).reshape(3, 4)}
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
     with SeriesWriter(tmp_path) as writer:
-        save = lambda index, digests: writer.save(  # noqa: E731
-            "series",
-            params={"w": jnp.ones(3)},
-            optimizer=None,
-            manifest=tiny_run.manifest("series", index),
-            digests=digests,
-        )
-        save(0, {"params/w": "a" * 32})
-        with pytest.raises(UserError, match=r"digests of params/v, but the arrays are params/w"):
-            save(1, {"params/v": "a" * 32})
+        writer.save(tiny_run.manifest("series", 0), params=weights, optimizer=None, copy=rounded)
     (entry,) = Series(tmp_path).entries()
-    assert entry.manifest.tensors == {"params/w": {"shape": [3], "dtype": "float32", "digest": "a" * 32}}
-    assert dataclasses.replace(entry.manifest).tensors["params/w"]["digest"] == "a" * 32
+    for values in (weights, rounded):
+        target = tiny_run.target(values, tiny_run.mesh(2))
+        restored, _ = restore(entry, params=target, optimizer=None)
+        np.testing.assert_array_equal(restored["w"], values["w"])
+    np.testing.assert_array_equal(Tensors(entry, "params_bfloat16")["w"][1, :2], rounded["w"][1, :2])

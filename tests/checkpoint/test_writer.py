@@ -44,7 +44,7 @@ def test_save_is_asynchronous_and_what_it_saves_is_what_was_there(tmp_path):
     host = {"m": np.full(8_000_000, 3.0, np.float32), "v": jnp.full(8_000_000, 4.0)}
     spoil = jax.jit(lambda p: jax.tree.map(lambda x: x * 0 - 1, p), donate_argnums=0)
     with SeriesWriter(tmp_path) as writer:
-        writer.save("series", params=params, optimizer=host, manifest=tiny_run.manifest("series", 0))
+        writer.save(tiny_run.manifest("series", 0), params=params, optimizer=host)
         assert Series(tmp_path).entries() == []  # not yet committed
         spoiled = jax.block_until_ready(spoil(params))  # donated
         host["m"][:] = -1  # overwritten
@@ -126,7 +126,7 @@ def test_an_empty_item_is_refused(tmp_path):
     record = tiny_run.manifest("series", 0)
     message = r"000: optimizer holds no array; give None to save without"
     with SeriesWriter(tmp_path) as writer, pytest.raises(UserError, match=message):
-        writer.save("series", params={"w": jnp.ones(1)}, optimizer=(), manifest=record)
+        writer.save(record, params={"w": jnp.ones(1)}, optimizer=())
 
 
 def test_one_writer_at_a_time(tmp_path):

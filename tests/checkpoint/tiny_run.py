@@ -100,7 +100,7 @@ def save(writer: SeriesWriter, kind: Any, index: int, step: int | None = None, s
     """Start to save the state whose seed is the step."""
     record = manifest(kind, index, step)
     params, optimizer = state(record.step if seed is None else seed, mesh(2, 4))
-    writer.save(kind, params=params, optimizer=optimizer, manifest=record)
+    writer.save(record, params=params, optimizer=optimizer)
 
 
 def check(entry: Entry, on: Mesh, seed: int | None = None) -> None:

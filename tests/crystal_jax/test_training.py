@@ -11,7 +11,7 @@ from data.batch import Batch
 from errors import UserError
 from parallel.mesh import MeshConfig
 from training.state import init_state
-from training.step import batch_sharding, make_loss_and_gradients, make_train_step
+from training.step import NO_LIMITS, batch_sharding, make_loss_and_gradients, make_train_step
 
 STEPS = 12
 
@@ -54,7 +54,7 @@ def run(config, text):
     step = make_train_step(config.model, optimizer, schedule, config.execution.region, mesh, config.loss_over)
     losses = []
     for batch in batches(config, mesh, masked=True):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, NO_LIMITS)
         losses.append(float(metrics["loss"]))
     return np.array(losses), jax.tree.map(np.asarray, state.params)
 
@@ -111,7 +111,7 @@ def test_updates_equal_a_float64_optimizer(small, mesh):
     for n, batch in enumerate(batches(config, mesh)):
         before = flat(state.params)
         gradients = flat(gradients_of(state.params, batch)[1])
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, NO_LIMITS)
         after = flat(state.params)
         t = n % 4 + 1
         rate = 5e-3 * (t - 1) if t <= 2 else 5e-3 + (1e-3 - 5e-3) * (t - 2) / 3

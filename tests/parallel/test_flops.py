@@ -9,7 +9,7 @@ from jax import lax
 
 from parallel.flops import count, count_flops
 from training import step as steps
-from training.program import Program, abstract_batch
+from training.program import Program, abstract_batch, abstract_limits
 
 SQUARE = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 PRODUCT = 2 * 4**3
@@ -69,4 +69,7 @@ def test_a_step_has_the_flops_of_its_formula(tiny, mesh_of, mesh, remat):
     if remat == "full":  # the layers' forward pass again, but for its last product, whose result nobody reads
         forward = expected / 3 - 2 * tokens * model.embed * model.vocab_size
         expected += forward - 2 * tokens * model.num_layers * model.mlp * model.embed
-    assert count(step.trace(program.abstract, abstract_batch(config, mesh)).jaxpr) == expected / mesh.size
+    assert (
+        count(step.trace(program.abstract, abstract_batch(config, mesh), abstract_limits(mesh)).jaxpr)
+        == expected / mesh.size
+    )

@@ -35,7 +35,7 @@ from pathlib import Path
 from parallel import distributed
 from parallel.mesh import simulate
 
-process, processes, port, devices, run, steps, seed = sys.argv[1:]
+process, processes, port, devices, run, steps, seed, verifies = sys.argv[1:]
 simulate(int(devices) // int(processes), check=False)
 flags = distributed.HostFlags(f"localhost:{port}", int(processes), int(process))
 with distributed.start(flags, timeout_s=100):
@@ -47,12 +47,21 @@ with distributed.start(flags, timeout_s=100):
     config = RunConfig.from_dict(json.loads(Path(sys.argv[0]).with_name("config.json").read_text()), FAMILIES)
     data = dataclasses.replace(DATA, seed=int(seed))
     outcome = loop.train(config, Path(run), data, FAMILIES, stop_at=int(steps) or None)
-    print(json.dumps([outcome.reason, outcome.step, outcome.resumed_from]))
+    ended = [outcome.reason, outcome.step, outcome.resumed_from]
+    if verifies == "True":
+        from checkpoint.series import Series
+        from training.record import RunRecord
+        from training.replay import Replayer
+
+        series = Series(Path(run))
+        ends = series.resolve("init")[0], series.resolve("latest")[0]
+        ended.append(Replayer(RunRecord(Path(run), FAMILIES), data).replay(*ends, progress=False).verdict)
+    print(json.dumps(ended))
 """
 
 
-def start(folder, processes, config, run, steps=0, other_seed=None):
-    """Start the processes of a run; the last one may be given other data."""
+def start(folder, processes, config, run, steps=0, other_seed=None, verifies=False):
+    """Start the processes of a run; the last one may be given other data. They may replay it at the end."""
     (folder / "process.py").write_text(PROCESS)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     with socket.socket() as free:
@@ -62,7 +71,7 @@ def start(folder, processes, config, run, steps=0, other_seed=None):
     given = (port, config.mesh.size, run, steps)
     return [
         subprocess.Popen(
-            [sys.executable, folder / "process.py", *map(str, (k, processes, *given, seeds[k]))],
+            [sys.executable, folder / "process.py", *map(str, (k, processes, *given, seeds[k], verifies))],
             env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -107,26 +116,34 @@ def pair(tiny):
 
 
 def test_any_number_of_processes_train_as_one(pair, tmp_path):
-    """Two, of which one is told to stop, then four: the losses and the state of one alone, a stage in each half."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    running = start(tmp_path, 2, pair, run)
-    while len(read_lines(run / "metrics.jsonl")) < 1 and running[0].poll() is None:
-        time.sleep(0.02)
-    running[1].send_signal(signal.SIGTERM)
-    reason, step, resumed_from = outcome(running)
-    assert (reason, resumed_from) == ("interrupted", None)
-    assert 1 <= step < 32
+    """Two, of which one is told to stop, four likewise, then two: the losses and the state of one alone, bit for bit.
 
-    last = (step + 8) // 8 * 8  # the next series checkpoint
-    both = start(tmp_path, 4, pair, run, last), start(tmp_path, 1, pair, whole, last)
-    assert [outcome(one) for one in both] == [["stopped", last, step], ["stopped", last, None]]
+    And two replay bit for bit what two and four have trained.
+    """
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    step = None
+    for processes in (2, 4):  # one is told by SIGTERM, as clusters announce an eviction; JAX's service tells the others
+        running = start(tmp_path, processes, pair, run)
+        seen = len(read_lines(run / "metrics.jsonl"))
+        while len(read_lines(run / "metrics.jsonl")) <= seen and running[0].poll() is None:
+            time.sleep(0.02)
+        running[-1].send_signal(signal.SIGTERM)
+        reason, done, resumed_from = outcome(running)
+        assert (reason, resumed_from) == ("interrupted", step)
+        assert (step or 0) < done < 40
+        step = done
+
+    last = step // 8 * 8 + 8  # the next series checkpoint
+    whole_run = start(tmp_path, 1, pair, whole, last)
+    assert outcome(start(tmp_path, 2, pair, run, last, verifies=True))[1:] == [last, step, "bitwise"]
+    assert outcome(whole_run)[1:] == [last, None]
     assert losses(run) == losses(whole)
     for ours, theirs in zip(final_state(pair, run), final_state(pair, whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
     told = [e for e in read_lines(run / "ledger.jsonl") if e["event"] in ("start", "resume")]
-    assert [e["processes"] for e in told] == [2, 4]
-    assert Series(run).newest().manifest.process_count == 4
+    assert [e["processes"] for e in told] == [2, 4, 2]
+    assert [e.manifest.digests for e in Series(run).entries()] == [e.manifest.digests for e in Series(whole).entries()]
 
     entry = Series(run).newest()
     damaged = entry.path / "params" / "norm.scale" / "extra"

@@ -10,7 +10,7 @@ import pytest
 from data.batch import Batch
 from parallel.mesh import MeshConfig
 from training.state import abstract_state, init_state, shardings
-from training.step import batch_sharding, make_eval_step, make_train_step
+from training.step import NO_LIMITS, batch_sharding, make_eval_step, make_train_step
 
 STEPS = 20
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"]
@@ -61,7 +61,7 @@ def train(config, mesh, microbatches=1, **execution):
     losses, norms = [], []
     for tokens in learnable(STEPS, config.data.global_batch, config.data.sequence_length, config.model.vocab_size):
         old = state
-        state, metrics = step(state, batch_of(tokens, microbatches, mesh))
+        state, metrics = step(state, batch_of(tokens, microbatches, mesh), NO_LIMITS)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     assert all(x.is_deleted() for x in jax.tree.leaves(old.params)), "the old state is donated"
