@@ -2,8 +2,8 @@
 
 Real text becomes a chunked corpus; the planner ranks meshes; a small Amber trains on a mesh of simulated devices; the
 process is killed with SIGKILL half way; the same command on another mesh, a pipeline, carries on; every checkpoint of
-the series is checked; the model writes text. Nothing here trains or prepares by itself: each part is one call of the
-command line in its own process.
+the series is checked, and two links of it are trained again and must give the same bits; the model writes text. Nothing
+here trains or prepares by itself: each part is one call of the command line in its own process.
 """
 
 import json
@@ -81,8 +81,12 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     teller.part(f"The same command carries on, now on {SECOND_MESH}")
     outcome = teller.call([*train, "--mesh", SECOND_MESH, *SECOND_PLAN])
 
-    teller.part("Every checkpoint of the series is read back and compared with its manifest")
+    teller.part("Every checkpoint of the series is read back: hashes, digests, parents, ledger, data")
     series = teller.call(["series", str(run_dir), "--check"])
+    teller.part("Two links of the series, chosen at random, are trained again and compared bit for bit")
+    replays = teller.call(["verify", str(run_dir), "--sample", "2"])["replays"]
+    for r in replays:
+        teller.say(f"{r['start']} -> {r['end']}: {r['verdict']}, {r['losses']} losses compared")
     teller.part("The first and the last checkpoint write code and prose")
     prompts = ["--prompt", "    def __init__(self", "--prompt", "import"]
     sampling = ["--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
@@ -99,6 +103,7 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
         "steps": outcome["step"],
         "tokens": outcome["tokens"],
         "checkpoints": len(series["checkpoints"]),
+        "verified": {f"{r['start']} -> {r['end']}": r["verdict"] for r in replays},
         "validation_loss_first": validation[0]["loss"],
         "validation_loss_last": validation[-1]["loss"],
         "continuations": texts,
@@ -192,6 +197,7 @@ class Teller:
             f"{data}: chunks, validation samples, tokenizer, document index, manifest\ntime: {times}\n\n"
             "== Try next\n"
             f"{PYTHON} run.py series {run}\n"
+            f"{PYTHON} run.py verify {run}    # all of it\n"
             f"{PYTHON} run.py generate {run}@{(result['checkpoints'] - 1) // 2} --prompt 'def '\n"
             f"{PYTHON} run.py train {RECIPE} --data synthetic --steps 10 --simulate 4 --mesh tensor=4\n"
             f"tensorboard --logdir {run}/tensorboard    # pip install tensorboard"

@@ -31,10 +31,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 
 def recipes() -> dict[str, Callable[[], RunConfig]]:
     """Recipe by name."""
-    from amber_jax.recipes import amber_7b, amber_tiny
-    from crystal_jax.recipes import crystal_7b, crystal_tiny
+    from amber_jax import recipes as amber
+    from crystal_jax import recipes as crystal
 
-    return {"amber_7b": amber_7b, "amber_tiny": amber_tiny, "crystal_7b": crystal_7b, "crystal_tiny": crystal_tiny}
+    of_amber = (amber.amber_7b, amber.amber_tiny, amber.amber_360)
+    of_crystal = (crystal.crystal_7b, crystal.crystal_tiny, crystal.crystal_143)
+    return {recipe.__name__: recipe for recipe in of_amber + of_crystal}
 
 
 def families() -> dict[str, Any]:
@@ -123,6 +125,8 @@ class Train:
     """Stop after this many steps in all (with synthetic data and no --run: time this many)."""
     simulate: int | None = None
     """Train on this many simulated CPU devices (of each process)."""
+    fault: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """nan@STEP or spike@STEP, repeatable: damage the batch of a step, to see what the guard does."""
     hosts: Annotated[HostFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=HostFlags)
     json: Json = False
     """Print one JSON object on stdout."""
@@ -160,12 +164,48 @@ class PlanArgs:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesArgs:
-    """List the checkpoint series of a run, and check it."""
+    """List the checkpoint series of a run, check it, or compare two of its checkpoints."""
 
     dir: tyro.conf.Positional[Path]
     """Run directory."""
     check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Read every file of every checkpoint and compare it with its manifest; check that parents chain."""
+    """Read every file of every checkpoint, and of the data; compare all with manifests, ledger and config. Exit code 1:
+    something is not what it should be."""
+    diff: tuple[str, str] | None = None
+    """A B: how far the parameters of checkpoint B are from those of A. Each an index, a name, init, latest, step=N."""
+    skip_data: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --check: compare the data's manifest, and do not read the data."""
+    rebuild: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write series.jsonl anew from the manifests."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Replay the training of a run: train again from one checkpoint to another, and compare all on the way.
+
+    Every logged loss and every checkpoint is compared. Exit code 1: something differs.
+    """
+
+    dir: tyro.conf.Positional[Path]
+    """Run directory."""
+    from_: Annotated[str, tyro.conf.arg(name="from")] = "init"
+    """Checkpoint to begin with: an index, a name, init, step=N. One without optimizer state: the nearest before it."""
+    to: str = "latest"
+    """Checkpoint to end with."""
+    sample: int | None = None
+    """Instead of all steps in one go: so many of the links between neighbouring checkpoints, each by itself, at random;
+    all of them, if there are not more."""
+    seed: int = 0
+    """Of that choice."""
+    mesh: str | None = None
+    """Replay on this mesh: equal within a tolerance; by default on those of the run: equal bit for bit."""
+    data: Path | None = None
+    """Data directory of the run, if it is no longer where it was."""
+    simulate: int | None = None
+    """Replay on this many simulated CPU devices (of each process); by default as many as the run had."""
+    hosts: Annotated[HostFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=HostFlags)
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -614,6 +654,7 @@ def train(args: Train) -> tuple[dict[str, Any], int]:
 def _train(args: Train, lead: bool) -> tuple[dict[str, Any], int]:
     from data.mixed import MixedData
     from training import loop
+    from training.guard import Fault
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
@@ -636,7 +677,8 @@ def _train(args: Train, lead: bool) -> tuple[dict[str, Any], int]:
             data = MixedData.parse(_prepared(data), args.mixture)
     if args.run is None:
         raise UserError("train: --run DIR is missing; only --data synthetic works without one")
-    outcome = loop.train(config, args.run, data, families(), stop_at=args.steps)
+    faults = [Fault.parse(text) for text in args.fault]
+    outcome = loop.train(config, args.run, data, families(), stop_at=args.steps, faults=faults)
     if lead and not args.json:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         again = "" if outcome.reason == "finished" else "; the same command continues"
@@ -733,54 +775,119 @@ def plan(args: PlanArgs) -> tuple[dict[str, Any], int]:
 
 def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     """Verb `series`."""
-    from checkpoint.series import Series, verify_files
-    from parallel.mesh import MeshConfig
+    from checkpoint.check import rebuild
+    from checkpoint.series import Series
+    from training import audit
 
     if not (args.dir / "config.json").exists():
         raise UserError(f"{args.dir}: not a run directory (no config.json in it)")
-    entries = Series(args.dir).entries()
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
-    parent = None
-    for entry in entries:
-        m = entry.manifest
-        known = entry.is_placed
-        row = {
-            "name": m.name,
-            "step": m.step if known else None,
-            "tokens": m.tokens if known else None,
-            "loss_mean": m.loss.get("mean"),
-            "learning_rate": m.learning_rate if known else None,
-            "origin": m.origin and m.origin["folder"],
-            "mesh": str(MeshConfig(**m.mesh)),
-            "bytes": sum(f["bytes"] for f in m.files.values()),
-            "manifest_sha256": entry.sha256,
-        }
-        if args.check:
-            found = len(problems)
-            try:
-                verify_files(entry)
-            except RunError as e:
-                problems.append(str(e))
-            if m.origin is None and m.parent_sha256 != (parent.sha256 if parent else None):
-                there = f"not {parent.path} as it is now" if parent else f"{m.parent}, which is missing"
-                problems.append(f"{entry.path}: its parent is {there}")
-            row["check"] = "ok" if len(problems) == found else "FAILED"
-        parent = entry
-        rows.append(row)
+    if args.check + args.rebuild + (args.diff is not None) > 1:
+        raise UserError("series: ask one thing: --check, --diff A B, or --rebuild")
+    if args.diff is not None:
+        return _diff(args.dir, args.diff, args.json), 0
+    if args.rebuild:
+        note(f"{args.dir}/series.jsonl: {rebuild(args.dir)} lines, from the manifests")
+    if args.check:
+        found = audit.audit(args.dir, families(), open_data, note, content=not args.skip_data)
+    else:
+        there = Series(args.dir)
+        rolling = there.rolling()
+        found = audit.unchecked(there.entries(), there.early(), [rolling] if rolling else [])
     if not args.json:
-        print(f"{'':>5} {'step':>8} {'tokens':>17} {'mean loss':>10} {'lr':>9} {'MB':>8}  mesh")
-        for r in rows:
-            cells = (("step", "d"), ("tokens", ",d"), ("loss_mean", ".4f"), ("learning_rate", ".2e"))
-            step, tokens, loss, rate = ("-" if r[name] is None else format(r[name], spec) for name, spec in cells)
-            print(
-                f"{r['name']:>5} {step:>8} {tokens:>17} {loss:>10} {rate:>9} {r['bytes'] / 1e6:>8.1f}  "
-                f"{r['origin'] or r['mesh']}  {r.get('check', '')}"
-            )
-        print(f"{len(rows)} checkpoints in {args.dir}")
-    for problem in problems:
-        note(f"error: {problem}")
-    return {"run": str(args.dir), "checkpoints": rows, "problems": problems}, 1 if problems else 0
+        print("\n".join(audit.listing(found.rows, args.dir)))
+    for kind, texts in (("note", found.notes), ("error", found.problems)):
+        for text in texts:
+            note(f"{kind}: {text}")
+    rows = found.rows
+    result = {"run": str(args.dir), "checkpoints": rows["series"], "early": rows["early"], "rolling": rows["rolling"]}
+    result |= {"bytes": sum(r["bytes"] for of_kind in rows.values() for r in of_kind)}
+    return result | {"problems": [*found.problems], "notes": [*found.notes]}, 1 if found.problems else 0
+
+
+def _diff(run: Path, selectors: tuple[str, str], as_json: bool) -> dict[str, Any]:
+    """What changed from one checkpoint to another."""
+    from checkpoint import check
+    from checkpoint.series import Series
+
+    entries = []
+    for selector in selectors:
+        found = Series(run).resolve(selector)
+        if len(found) != 1:
+            raise UserError(f"--diff: {selector} names {len(found)} checkpoints, expected one")
+        entries += found
+    changes = check.diff(*entries)
+    names = [e.manifest.name for e in entries]
+    if not as_json:
+        print("\n".join(check.table(changes)))
+        print(f"{names[1]} against {names[0]}, in {run}")
+    whole = check.total(changes)
+    return {"run": str(run), "a": names[0], "b": names[1], "tensors": [c.row() for c in changes], "total": whole.row()}
+
+
+def verify(args: Verify) -> tuple[dict[str, Any], int]:
+    """Verb `verify`: this process's part, if there are several."""
+    from parallel import distributed
+    from parallel.mesh import MeshConfig, simulate
+    from training.record import RunRecord
+
+    if args.sample is not None and args.sample < 1:
+        raise UserError(f"--sample {args.sample}: must be at least 1")
+    record = RunRecord(args.dir, families())
+    mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
+    devices = args.simulate
+    if devices is None and all(s.made_by["device_kind"] == "cpu" for s in record.segments):
+        # Each process has its part of them.
+        devices = max(1, max(m.size for m in [mesh or MeshConfig(**s.mesh) for s in record.segments]))
+        devices = -(-devices // (args.hosts.processes or 1))
+    if devices is not None:
+        simulate(devices, check=False)
+    with distributed.start(args.hosts) as hosts:
+        if hosts.processes == 1:
+            _simulate(devices)
+        return _verify(args, record, mesh, distributed.is_lead())
+
+
+def _verify(args: Verify, record: Any, mesh: Any, lead: bool) -> tuple[dict[str, Any], int]:
+    from checkpoint.series import Series
+    from training.metrics import Ledger
+    from training.replay import Replayer
+
+    replayer = Replayer(record, _data_of(record, args.data), mesh)
+    ends = []
+    for flag, selector in (("from", args.from_), ("to", args.to)):
+        entries = Series(args.dir).resolve(selector)
+        if len(entries) != 1:
+            raise UserError(f"--{flag} {selector}: names {len(entries)} checkpoints, expected one")
+        ends.append(entries[0])
+    pairs = [(ends[0], ends[1])]
+    if args.sample is not None:
+        pairs = replayer.sample(*pairs[0], args.sample, args.seed)
+    found = []
+    for start, end in pairs:
+        replayed = replayer.replay(start, end)
+        found.append(replayed.as_dict())
+        if lead:
+            if not args.json:
+                print("\n".join(replayed.lines()), flush=True)
+            try:
+                Ledger(args.dir, tidy=False)("verify", **replayed.as_dict())
+            except RunError as e:  # somebody else's run, which may be only read
+                note(f"not written to the ledger: {e}")
+    verdicts = [r["verdict"] for r in found]
+    if lead and not args.json and len(found) > 1:
+        print(f"{len(found)} links: " + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
+    return {"run": str(args.dir), "replays": found}, 1 if "DIFFERS" in verdicts else 0
+
+
+def _data_of(record: Any, folder: Path | None) -> Any:
+    """The data that a run was trained on, as its ledger says, or from another folder."""
+    from data.mixed import MixedData
+
+    named, weights = record.data
+    if named is None and folder is None:
+        return record.config.synthetic()
+    data = open_data(folder or named, record.config)
+    return MixedData(_prepared(data), weights) if weights else data
 
 
 def logits(args: Logits) -> dict[str, Any]:
@@ -1005,6 +1112,7 @@ VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "plan": (PlanArgs, True, plan),
     "train": (Train, True, train),
     "series": (SeriesArgs, False, series),
+    "verify": (Verify, False, verify),
     "trace": (Trace, False, trace),
     "mixtures": (Mixtures, True, mixtures),
     "logits": (Logits, False, logits),

@@ -127,9 +127,10 @@ class Series:
         return Tensors(entries[0])
 
     def _read(self, kind: Kind) -> list[Entry]:
-        return [entry for path in _folders(self.run / kind) if (entry := self._entry(path, kind))]
+        return [entry for path in _folders(self.run / kind) if (entry := self.entry(path, kind))]
 
-    def _entry(self, path: Path, kind: Kind) -> Entry | None:
+    def entry(self, path: Path, kind: Kind) -> Entry | None:
+        """The checkpoint in a folder, None if it has no manifest. Raises as `entries` does."""
         file = path / FILE
         try:
             stat = file.stat()

@@ -214,8 +214,9 @@ def crystal_143() -> RunConfig:
     A checkpoint every two steps and at the end of each phase: 53 + 1, 71 + 1 and 16 + 1, as `crystal_7b`'s. With
     ``--data synthetic`` nothing has to be prepared.
     """
-    tiny = crystal_tiny()
-    steps = (107, 143, 33)
+    tiny, steps = crystal_tiny(), (107, 143, 33)
+    assert isinstance(tiny.model, CrystalConfig)  # for the type checker
+    assert isinstance(tiny.optimizer, MupAdamWConfig)
     return dataclasses.replace(
         tiny,
         recipe="crystal_143",

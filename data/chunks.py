@@ -296,7 +296,7 @@ class DataManifest:
         return self.chunk_files + tuple(f for s in self.sources for f in (s.validation_file, *s.index_files))
 
     def to_json(self) -> bytes:
-        """Return the canonical bytes: the content of manifest.json."""
+        """Return the canonical bytes: the content of manifest.json but for its own SHA-256."""
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode("ascii")
 
     @cached_property
@@ -307,11 +307,16 @@ class DataManifest:
     def save(self, root: Path) -> None:
         """Write DATA/manifest.json."""
         with written(Path(root) / MANIFEST) as part:
-            part.write_bytes(self.to_json())
+            content = asdict(self) | {"sha256": self.sha256}
+            part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="ascii")
 
     @classmethod
     def load(cls, root: str | Path) -> "DataManifest":
-        """Return the manifest of a data directory; UserError when it is missing, malformed or of another version."""
+        """Return the manifest of a data directory.
+
+        UserError when it is missing, malformed or of another version; RunError when it is not what was written (nothing
+        else guards it: with a flipped bit a chunk's name may be that of another chunk).
+        """
         path = Path(root) / MANIFEST
         try:
             raw = json.loads(path.read_bytes())
@@ -325,9 +330,13 @@ class DataManifest:
             cure = "upgrade it" if version > FORMAT else "prepare the data again"
             raise UserError(f"{path}: format {version} is {older} this program reads ({FORMAT}); {cure}")
         try:
-            return _build(cls, raw, "manifest")
+            claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None  # older data has none
+            manifest = _build(cls, raw, "manifest")
         except ValueError as error:
             raise UserError(f"{path}: malformed: {error}") from error
+        if claimed not in (None, manifest.sha256):
+            raise RunError(f"{path}: damaged (its text does not match its own SHA-256); put back an intact copy")
+        return manifest
 
 
 def _build(kind: Any, raw: Any, where: str) -> Any:

@@ -24,7 +24,7 @@ from data.batch import Batch
 from data.chunks import DataManifest, FileRecord, SampleFile
 from data.packing import sort_keys
 from data.sample import PhaseSamples, Sample, Schedule
-from errors import UserError
+from errors import RunError, UserError
 
 _OPEN_CHUNKS = 4  # steps are read in order: one chunk at a time, two around an edge, a few for prefetching threads
 _STATE = 1  # version of what `Loader.state` returns
@@ -143,14 +143,28 @@ class ChunkedData:
         return stacked
 
     def check_files(self) -> None:
-        """Raise RunError unless every file is there with its size; reads no content."""
+        """Raise RunError unless every file is there with its size; reads no content but the tokenizer's."""
         for file in self.manifest.files:
             file.check_size(self.directory)
+        self._check_tokenizer()
 
     def check_content(self) -> None:
         """Raise RunError unless every file has its SHA-256; reads everything."""
         for file in self.manifest.files:
             file.check_content(self.directory)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        record = self.manifest.tokenizer
+        if record is None:
+            return
+        path = self.directory / record.file
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror}); restore it or prepare again") from error
+        if found != record.sha256:
+            raise RunError(f"{path}: SHA-256 differs from the manifest; restore it or prepare again")
 
     def _open_chunk(self, chunk: int) -> SampleFile:
         files = self.manifest.chunk_files

@@ -72,8 +72,14 @@ class Tracer:
     def __init__(self, data: ChunkedData):
         self.data, self.manifest = data, data.manifest
         self._numbers = {s.name: j for j, s in enumerate(self.manifest.sources)}
-        self._index = lru_cache(maxsize=None)(lambda name: DocumentIndex(data.directory, name))
+        self._index = lru_cache(maxsize=None)(self._checked_index)
         self._file = lru_cache(maxsize=4)(self._open)
+
+    def _checked_index(self, name: str) -> DocumentIndex:
+        """The index of a source; RunError if it is not what was written: read once, as nothing else would tell."""
+        for record in self.manifest.sources[self._numbers[name]].index_files:
+            record.check_content(self.data.directory)
+        return DocumentIndex(self.data.directory, name)
 
     def _open(self, record: FileRecord) -> SampleFile:
         sizes = {"sequence_length": self.manifest.sequence_length, "vocab_size": self.manifest.vocab_size}

@@ -72,11 +72,43 @@ def test_prepare_and_train_say_what_they_made(work, capsys):
 def test_series_lists_and_checks(work, capsys):
     code, out, _ = call(capsys, "series", work / "run")
     assert code == 0
-    assert out.splitlines()[-1] == f"3 checkpoints in {work / 'run'}"
+    assert out.splitlines()[-1].startswith(f"3 checkpoints in {work / 'run'}, ")
     assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["init", "000", "001"]
     code, out, _ = call(capsys, "series", work / "run", "--check", "--json")
     assert code == 0
     assert [c["check"] for c in json.loads(out)["checkpoints"]] == ["ok"] * 3
+
+
+def test_series_compares_two_and_rebuilds_its_list(work, capsys):
+    code, out, _ = call(capsys, "series", work / "run", "--diff", "init", "1", "--json")
+    assert code == 0
+    assert json.loads(out)["total"]["relative"] > 0.01
+    index = work / "run" / "series.jsonl"
+    whole = index.read_text()
+    index.write_text(whole[: len(whole) // 2])
+    assert call(capsys, "series", work / "run", "--check")[0] == 1
+    assert call(capsys, "series", work / "run", "--rebuild")[0] == 0
+    assert index.read_text() == whole
+    code, _, err = call(capsys, "series", work / "run", "--check", "--rebuild")
+    assert (code, "ask one thing" in err) == (2, True)
+
+
+def test_verify_replays_the_run(work, capsys):
+    code, out, _ = call(capsys, "verify", work / "run", "--simulate", 8, "--json")
+    (replay,) = json.loads(out)["replays"]
+    assert (code, replay["verdict"], len(replay["checkpoints"])) == (0, "bitwise", 2)
+    assert read_lines(work / "run" / "ledger.jsonl")[-1]["verdict"] == "bitwise"
+    code, out, _ = call(capsys, "verify", work / "run", "--sample", 9, "--mesh", "tensor=2", "--simulate", 8)
+    assert code == 0
+    assert out.splitlines()[-1] == "2 links: 2 within tolerance"
+    for words, message in (
+        (["--from", "all"], "--from all: names 3 checkpoints, expected one"),
+        (["--from", "1", "--to", "0"], "verify: 001 is not before 000"),
+        (["--sample", "0"], "--sample 0: must be at least 1"),
+        (["--data", str(work / "text")], "not found; prepare the data first"),
+    ):
+        code, _, err = call(capsys, "verify", work / "run", "--simulate", 8, *words)
+        assert (code, message in err) == (2, True), err
 
 
 def test_series_check_names_a_flipped_byte_and_a_broken_chain(work, capsys, tmp_path):

@@ -601,9 +601,12 @@ def _build(cls: Any, value: Any, where: str) -> Any:
     """A dataclass from plain values, strictly: every field there, none unknown, every type right."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    if not isinstance(value, Mapping) or set(value) != set(names):
-        got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-        raise UserError(f"config: {where} has fields {got}, expected {sorted(names)}")
+    if not isinstance(value, Mapping):
+        raise UserError(f"config: {where} is {type(value).__name__}, expected fields {sorted(names)}")
+    if unknown := sorted(set(value) - set(names)):
+        raise UserError(f"config: {where} has unknown fields {unknown}; if newer code wrote it, update this")
+    if missing := sorted(set(names) - set(value)):
+        raise UserError(f"config: {where} lacks {missing}")
     arguments = {}
     for name in names:
         item, hint = value[name], hints[name]

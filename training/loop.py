@@ -217,7 +217,11 @@ def _not_yet(config: dict[str, Any]) -> str | None:
     """What a run's ``config.json`` lacks because it is older than that, if anything."""
     if "phases" not in config:
         return "phases"
-    parts = {"layouts of data": ("data", "layout"), "schedules of execution": ("execution", "unroll")}
+    parts = {
+        "layouts of data": ("data", "layout"),
+        "schedules of execution": ("execution", "unroll"),
+        "names of checkpoints": ("series", "name"),
+    }
     for what, (part, field) in parts.items():
         if isinstance(config.get(part), dict) and field not in config[part]:
             return what
@@ -291,7 +295,9 @@ class Saver:
         there = self.series.entries() if kind == "series" else self.series.early()
         if distributed.from_lead(any(e.manifest.step == step for e in there)):
             return False
-        if kind == "early" or not self._keeps_optimizer(step):
+        newest = self.series.newest()
+        resumable = distributed.from_lead(newest is not None and newest.manifest.step >= step)
+        if not resumable and (kind == "early" or not self._keeps_optimizer(step)):
             self(state, "rolling", log)
         self(state, kind, log)
         return True

@@ -23,6 +23,7 @@ from data.loader import TokenData
 from errors import RunError, UserError
 from parallel.mesh import MeshConfig
 from training.config import RunConfig
+from training.guard import plain
 from training.loop import make_loader, restore_state
 from training.metrics import ProgressLine
 from training.program import Program, no_limits
@@ -85,7 +86,9 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         """For the ledger and for JSON."""
-        return {"verdict": self.verdict, **dataclasses.asdict(self)}
+        compared = [{**dataclasses.asdict(c), "parameters": plain(c.parameters)} for c in self.checkpoints]
+        values = dataclasses.asdict(self) | {"loss": plain(self.loss), "checkpoints": compared}
+        return {"verdict": self.verdict, **values}
 
     def lines(self) -> list[str]:
         """For people."""

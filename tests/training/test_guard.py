@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from checkpoint.series import Series
+from data.loader import ChunkedData
+from data.prepare import PrepareConfig, prepare
+from data.sources import SourceSpec
 from errors import RunError, UserError
 from tests.training.test_loop import DATA, FAMILIES, final_state, on_mesh, train
 from training.config import GuardConfig
@@ -14,6 +17,7 @@ from training.guard import Fault, Guard
 from training.metrics import read_lines
 from training.record import RunRecord
 from training.replay import Replayer
+from training.trace import RunTracer
 
 
 def guarded(tiny, **fields):
@@ -155,3 +159,22 @@ def test_bad_guards_and_faults_are_refused():
     for text in ("nan", "fire@3", "nan@x"):
         with pytest.raises(UserError, match=r"write nan@STEP or spike@STEP"):
             Fault.parse(text)
+
+
+def test_the_ledger_names_the_documents_that_trace_names(tiny, tmp_path):
+    folder, data_dir, run = tmp_path / "text", tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(30):
+        (folder / f"{n}.txt").write_text(" ".join(rng.choice(["ba", "be", "bi", "bo", "bu"], size=200)))
+    common = {"sequence_length": 32, "vocab_size": 270, "chunks": 2, "validation_per_source": 2, "seed": 1}
+    spec = SourceSpec.parse(f"syllables={folder}")
+    prepare(PrepareConfig(recipe="amber_tiny", out=data_dir, sources=(spec,), **common), log=lambda _: None)
+    config = guarded(tiny, on_trouble="skip_batch")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=270))
+    train(config, run, ChunkedData(data_dir), stop_at=3, faults=[Fault("nan", 1)])
+    (skip,) = told(run)
+    samples = RunTracer(run, FAMILIES, lambda path, _: ChunkedData(path)).step(1)
+    assert skip["documents"] == list(dict.fromkeys(d["document"] for s in samples for d in s["documents"]))
+    assert len(skip["documents"]) > 3
+    assert all(name.startswith("syllables/") for name in skip["documents"])

@@ -281,6 +281,10 @@ def test_a_run_from_before_phases_says_so(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="was begun by code in which runs had no schedules of execution yet"):
         train(tiny, tmp_path)
+    newer = tiny.to_dict() | {"alignment": "solved"}
+    (tmp_path / "config.json").write_text(json.dumps(newer))
+    with pytest.raises(UserError, match=r"unknown fields \['alignment'\]; if newer code wrote it, update this"):
+        train(tiny, tmp_path)
     del old["data"]["layout"], old["data"]["overlap"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="was begun by code in which runs had no layouts of data yet; go on with the"):
@@ -290,7 +294,7 @@ def test_a_run_from_before_phases_says_so(tiny, tmp_path):
     with pytest.raises(UserError, match="was begun by code in which runs had no phases yet"):
         train(tiny, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(tiny.to_dict() | {"data": 3}))
-    with pytest.raises(UserError, match=r"not a run's configuration \(config: config.data has fields int"):
+    with pytest.raises(UserError, match=r"not a run's configuration \(config: config.data is int, expected fields"):
         train(tiny, tmp_path)
 
 
