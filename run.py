@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from checkpoint import storage
 from errors import RunError, UserError
 from parallel.distributed import HostFlags, is_lead
 from training.config import RunConfig
@@ -63,6 +65,30 @@ def formats() -> dict[str, Any]:
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+class _BadPath(Exception):
+    """Carries a UserError through tyro, which would make a choice of types of it."""
+
+
+def _paths(parse: Callable[[str], Path], metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    def instance(words: list[str]) -> Path:
+        try:
+            return parse(words[0])
+        except UserError as e:
+            raise _BadPath from e
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=instance,
+        is_instance=lambda value: hasattr(value, "__fspath__"),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+RunDir = Annotated[Path, _paths(storage.path, "DIR|gs://…")]
+"""A run directory, which may be in a bucket; every other path is on a disk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +145,9 @@ class Train:
     """Data directory made by `prepare`, LLM360's published files, or `synthetic` for random tokens without files."""
     mixture: str | None = None
     """SOURCE=WEIGHT,…: read prepared data in other shares of its sources, for example code=0.8,prose=0.2."""
-    run: Path | None = None
-    """Run directory; may be left out with --data synthetic, which then only times steps and writes nothing."""
+    run: RunDir | None = None
+    """Run directory, or gs://BUCKET/FOLDER; may be left out with --data synthetic, which then only times steps and
+    writes nothing."""
     steps: int | None = None
     """Stop after this many steps in all (with synthetic data and no --run: time this many)."""
     simulate: int | None = None
@@ -166,8 +193,8 @@ class PlanArgs:
 class SeriesArgs:
     """List the checkpoint series of a run, check it, or compare two of its checkpoints."""
 
-    dir: tyro.conf.Positional[Path]
-    """Run directory."""
+    dir: tyro.conf.Positional[RunDir]
+    """Run directory, or gs://BUCKET/FOLDER."""
     check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Read every file of every checkpoint, and of the data; compare all with manifests, ledger and config. Exit code 1:
     something is not what it should be."""
@@ -188,8 +215,8 @@ class Verify:
     Every logged loss and every checkpoint is compared. Exit code 1: something differs.
     """
 
-    dir: tyro.conf.Positional[Path]
-    """Run directory."""
+    dir: tyro.conf.Positional[RunDir]
+    """Run directory, or gs://BUCKET/FOLDER."""
     from_: Annotated[str, tyro.conf.arg(name="from")] = "init"
     """Checkpoint to begin with: an index, a name, init, step=N. One without optimizer state: the nearest before it."""
     to: str = "latest"
@@ -658,6 +685,8 @@ def _train(args: Train, lead: bool) -> tuple[dict[str, Any], int]:
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
+    if args.run is not None:
+        storage.reach(args.run)
     config = _planned(args.config, lead) if args.config.mesh.is_auto else args.config
     data: Any
     if args.data == "synthetic":
@@ -672,7 +701,7 @@ def _train(args: Train, lead: bool) -> tuple[dict[str, Any], int]:
                 print("\n".join(f"{k:32} {v}" for k, v in timing.items()))
             return timing, 0
     else:
-        data = open_data(Path(args.data), config)
+        data = open_data(storage.local(args.data), config)
         if args.mixture is not None:
             data = MixedData.parse(_prepared(data), args.mixture)
     if args.run is None:
@@ -779,7 +808,7 @@ def series(args: SeriesArgs) -> tuple[dict[str, Any], int]:
     from checkpoint.series import Series
     from training import audit
 
-    if not (args.dir / "config.json").exists():
+    if not (storage.reach(args.dir) / "config.json").exists():
         raise UserError(f"{args.dir}: not a run directory (no config.json in it)")
     if args.check + args.rebuild + (args.diff is not None) > 1:
         raise UserError("series: ask one thing: --check, --diff A B, or --rebuild")
@@ -832,7 +861,7 @@ def verify(args: Verify) -> tuple[dict[str, Any], int]:
 
     if args.sample is not None and args.sample < 1:
         raise UserError(f"--sample {args.sample}: must be at least 1")
-    record = RunRecord(args.dir, families())
+    record = RunRecord(storage.reach(args.dir), families())
     mesh = None if args.mesh is None else MeshConfig.parse(args.mesh)
     devices = args.simulate
     if devices is None and all(s.made_by["device_kind"] == "cpu" for s in record.segments):
@@ -1098,7 +1127,12 @@ def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
 
     if not needed and not tokenizers.files_in(path):
         return None
-    tokenizer = tokenizers.load(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        if storage.is_remote(path):
+            for file in tokenizers.files_in(path):
+                Path(scratch, file.name).write_bytes(storage.read(file))
+            path = Path(scratch)
+        tokenizer = tokenizers.load(path)
     tokenizer.check_fits(model.vocab_size)
     return tokenizer
 
@@ -1197,6 +1231,10 @@ def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> An
             str_from_instance=lambda mesh: [str(mesh)],
         )
 
+    @registry.primitive_rule
+    def path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        return _paths(storage.local, "PATH") if info.type is Path else None
+
     default: Any = tyro.MISSING_NONPROP
     prog = f"run.py {verb}"
     if takes_recipe:
@@ -1220,8 +1258,11 @@ def _parse(verb: str, arguments: Any, takes_recipe: bool, rest: list[str]) -> An
         if arguments is PlanArgs:  # a mesh that is given is one to keep to
             config = dataclasses.replace(config, mesh=MeshConfig.parse("auto"))
         default = arguments(**{**missing, "config": config})
-    with registry:
-        return tyro.cli(arguments, args=rest, prog=prog, default=default, description=arguments.__doc__)
+    try:
+        with registry:
+            return tyro.cli(arguments, args=rest, prog=prog, default=default, description=arguments.__doc__)
+    except _BadPath as e:
+        raise e.__cause__ or e from None
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from checkpoint import storage
 from checkpoint.names import from_flat, stacked
 
 ITEMS = ("params", "optimizer", "params_bfloat16")
@@ -75,7 +76,7 @@ def load(path: Path, item: str, target: dict[str, Any]) -> dict[str, Any]:
     Names, shapes and dtypes must be those on disk: Orbax would cast another dtype without a word.
     """
     return _handler().restore(
-        path.absolute() / item,
+        storage.absolute(path) / item,
         args=ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)),
     )
 
@@ -111,7 +112,7 @@ def chunks(name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...
 
 def open_array(folder: Path) -> tensorstore.TensorStore:
     """An array on disk, to read parts of it. A missing file is an error, not zeros."""
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    spec = {"driver": "zarr3", "kvstore": storage.kvstore(folder)}
     return tensorstore.open(spec | {"fill_missing_data_reads": False}, open=True, read=True).result()
 
 

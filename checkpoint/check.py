@@ -239,7 +239,7 @@ def rebuild(run: Path) -> int:
         UserError: another process writes in the run.
         RunError: a manifest is damaged, or the list cannot be written.
     """
-    lock = files.Lock(run)
+    lock = files.lock(run)
     try:
         entries = Series(run).entries()
         files.write_atomically(run / "series.jsonl", "".join(map(line, entries)))

@@ -4,13 +4,13 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import socket
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from checkpoint import storage
 from errors import RunError, UserError
 
 _THREADS = 8  # hashlib releases the GIL; more threads than cores hide the latency of network disks
@@ -18,16 +18,16 @@ _THREADS = 8  # hashlib releases the GIL; more threads than cores hide the laten
 
 def listing(root: Path) -> list[str]:
     """Relative POSIX paths of all files below a folder, sorted."""
-    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir())
+    return storage.listing(root)
 
 
 def hashes(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """``{"bytes": int, "sha256": str}`` of each file by its relative path."""
 
     def one(name: str) -> tuple[str, dict[str, Any]]:
-        with open(root / name, "rb") as file:
+        with storage.reading(root / name) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return name, {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+            return name, {"bytes": file.tell(), "sha256": digest}
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(pool.map(one, names))
@@ -44,8 +44,9 @@ def differences(root: Path, expected: dict[str, dict[str, Any]], found: Iterable
     there = set(found)
     problems = dict.fromkeys(expected.keys() - there, "is missing")
     problems |= dict.fromkeys(there - expected.keys(), "is not part of it")
-    for name in expected.keys() & there:
-        if (size := (root / name).stat().st_size) != (wanted := expected[name]["bytes"]):
+    both = sorted(expected.keys() & there)
+    for name, size in zip(both, storage.sizes(root, both), strict=True):
+        if size != (wanted := expected[name]["bytes"]):
             problems[name] = f"has {size:,} bytes instead of {wanted:,}"
     # Largest first, so that no thread starts on the largest file when the others are done.
     whole = sorted(expected.keys() & there - problems.keys(), key=lambda name: -expected[name]["bytes"])
@@ -73,6 +74,9 @@ def reason(error: BaseException) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that is there whole, on the disk, or not at all."""
+    if storage.is_remote(path):  # as every object
+        storage.write(path, content.encode() if isinstance(content, str) else content)
+        return
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -93,7 +97,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def remove(folder: Path, marker: str) -> None:
     """Delete a folder, the file ``marker`` first: a folder without it counts for nothing if the rest is interrupted."""
     (folder / marker).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    storage.remove(folder)
+
+
+def lock(run: Path) -> "Lock | storage.Lease":
+    """Take the right to write in a run directory. Raises as the two do."""
+    return storage.Lease(run) if storage.is_remote(run) else Lock(run)
 
 
 class Lock:
@@ -123,6 +132,9 @@ class Lock:
         except OSError as e:
             os.close(self._file)
             raise RunError(f"{run}/.lock: cannot be locked ({e.strerror})") from e
+
+    def check(self) -> None:
+        """Make sure that it is still held, which the system does."""
 
     def release(self) -> None:
         """Let others write."""

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from checkpoint import arrays, digest, files
+from checkpoint import arrays, digest, files, storage
 from checkpoint.manifest import FILE, KINDS, Entry, Kind, Manifest
 from checkpoint.names import flat, from_flat, nest, unnest
 from checkpoint.stream import Stream
@@ -43,7 +43,7 @@ class Series:
     """The committed checkpoints of a run directory, as they are at each call."""
 
     def __init__(self, run: Path):
-        self.run = Path(run)
+        self.run = storage.path(run)
         self._known: dict[Path, tuple[tuple[int, ...], Entry]] = {}
 
     def entries(self) -> list[Entry]:
@@ -127,17 +127,18 @@ class Series:
         return Tensors(entries[0])
 
     def _read(self, kind: Kind) -> list[Entry]:
-        return [entry for path in _folders(self.run / kind) if (entry := self.entry(path, kind))]
+        parent = self.run / kind
+        found = storage.each(parent, lambda path: self.entry(path, kind), storage.folders(parent))
+        return [entry for entry in found if entry]
 
     def entry(self, path: Path, kind: Kind) -> Entry | None:
         """The checkpoint in a folder, None if it has no manifest. Raises as `entries` does."""
         file = path / FILE
         try:
-            stat = file.stat()
-            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            stamp = storage.stamp(file)
             if path in self._known and self._known[path][0] == stamp:
                 return self._known[path][1]
-            raw = file.read_bytes()
+            raw = storage.read(file)
         except FileNotFoundError:  # torn, or being written or removed just now
             return None
         except OSError as e:
@@ -154,14 +155,15 @@ def parse_ref(ref: str) -> tuple[Path, str]:
     """Run directory and selector of a checkpoint reference.
 
     Raises:
-        UserError: no "@", nothing after it, or no such directory.
+        UserError: no "@", nothing after it, or no such directory; or where it is cannot be reached.
     """
     directory, at, selector = ref.rpartition("@")
     if not at or not directory or not selector:
         raise UserError(f"{ref!r}: not a checkpoint reference; write {REF_SYNTAX}")
-    if not Path(directory).is_dir():
+    run = storage.reach(storage.path(directory))
+    if not run.is_dir():
         raise UserError(f"{ref!r}: there is no directory {directory}; write {REF_SYNTAX}")
-    return Path(directory), selector
+    return run, selector
 
 
 def restore(entry: Entry, *, params: Any | None, optimizer: Any | None, verify: bool = True) -> tuple[Any, Any]:
@@ -239,12 +241,13 @@ class SeriesWriter:
     """
 
     def __init__(self, run: Path):
-        self.run = Path(run).absolute()
+        self.run = storage.absolute(storage.path(run))
         self._primary = jax.process_index() == 0
         self._made = self._primary and not self.run.exists()
         self._at_exit = contextlib.ExitStack()
-        if self._primary:
-            self._at_exit.callback(files.Lock(self.run).release)
+        self._lock = files.lock(self.run) if self._primary else None
+        if self._lock:
+            self._at_exit.callback(self._lock.release)
         self._series = Series(self.run)
         self._thread: threading.Thread | None = None
         self._failure: RunError | None = None
@@ -263,7 +266,7 @@ class SeriesWriter:
                     raise
                 error.add_note(f"Besides: {e}")
             if error is not None and self._made and [p.name for p in self.run.iterdir()] == [".lock"]:
-                shutil.rmtree(self.run, ignore_errors=True)  # nothing came of it
+                storage.remove(self.run, ignore_errors=True)  # nothing came of it
 
     def clean(self) -> list[Path]:
         """Remove what a crash left: torn checkpoints, rolling ones that are not the newest; rebuild ``series.jsonl``.
@@ -274,7 +277,7 @@ class SeriesWriter:
         self.wait()
         removed: list[Path] = []
         if self._primary:
-            removed = [p for kind in KINDS for p in _folders(self.run / kind) if not (p / FILE).exists()]
+            removed = [p for kind in KINDS for p in storage.folders(self.run / kind) if not (p / FILE).exists()]
             for path in removed:
                 files.remove(path, FILE)
             if newest := self._series.newest():
@@ -348,6 +351,8 @@ class SeriesWriter:
             UserError: a name that cannot be a folder; a part that was not written, or as `Stream.write`.
         """
         self.wait()
+        if storage.is_remote(self.run):
+            raise UserError(f"{self.run}: weights are imported piece by piece, which needs a run directory on a disk")
         if jax.process_count() > 1:
             raise UserError(f"{manifest.name}: {jax.process_count()} processes cannot stream a checkpoint; use one")
         described = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
@@ -381,7 +386,7 @@ class SeriesWriter:
         """Block until the last save is committed.
 
         Raises:
-            RunError: it failed.
+            RunError: it failed; or this process may write no longer.
         """
         if self._thread:
             self._thread.join()
@@ -389,6 +394,8 @@ class SeriesWriter:
         if self._failure:
             failure, self._failure = self._failure, None
             raise failure
+        if self._lock:
+            self._lock.check()
 
     def _commit(
         self, saver: ocp.AsyncCheckpointer, path: Path, manifest: Manifest, then: Callable[[Entry], None] | None
@@ -418,45 +425,53 @@ class SeriesWriter:
 
     def _publish(self, path: Path, manifest: Manifest) -> Entry:
         """Write the manifest, from which moment the checkpoint counts, and its line in the index."""
+        if self._lock:
+            self._lock.check()
         text = manifest.to_json()
         files.write_atomically(path / FILE, text)
         entry = Entry(path, manifest, hashlib.sha256(text.encode()).hexdigest())
         if manifest.kind == "series":
-            with open(self.run / "series.jsonl", "a", encoding="utf-8") as index:
-                index.write(line(entry))
+            storage.append(self.run / "series.jsonl", line(entry))
         return entry
 
     def _prune(self, newest: Manifest) -> list[Path]:
         """Remove the rolling checkpoints that a newer one makes useless."""
         superseded = newest.step + (newest.kind == "series")
-        old = [p for p in _folders(self.run / "rolling") if p.name.isdigit() and int(p.name) < superseded]
+        old = [p for p in storage.folders(self.run / "rolling") if p.name.isdigit() and int(p.name) < superseded]
         for path in old:
             files.remove(path, FILE)
         return old
 
     def _discard(self, path: Path) -> None:
         """Remove what there is of an unfinished checkpoint; what cannot be removed now, `clean` removes."""
-        if not self._primary or (path / FILE).exists():
+        if not self._lock or (path / FILE).exists():
+            return
+        try:
+            self._lock.check()
+        except RunError:  # it may be another's by now
             return
         names = re.compile(re.escape(path.name) + r"(\.orbax-checkpoint-tmp.*)?")
         for _ in range(50):  # writes that Orbax gave up may still be on their way and fill the folder again
-            left = [p for p in _folders(path.parent) if names.fullmatch(p.name)]
+            left = [p for p in storage.folders(path.parent) if names.fullmatch(p.name)]
             if not left:
                 return
             for folder in left:
-                shutil.rmtree(folder, ignore_errors=True)
+                storage.remove(folder, ignore_errors=True)
             time.sleep(0.05)
 
     def _failed(self, path: Path, error: Exception) -> RunError:
         what = "is saved, but not listed" if (path / FILE).exists() else "could not be saved"
         arrays.settle()
+        remedy = "" if storage.is_remote(path) else "free some disk space and "
         return RunError(
-            f"{path}: {what}: {files.reason(error)}. The finished checkpoints are untouched; free some disk space and "
-            "run the same command again"
+            f"{path}: {what}: {files.reason(error)}. The finished checkpoints are untouched; {remedy}run the same "
+            "command again"
         )
 
     def _check_space(self, path: Path, needed: int) -> None:
-        """Refuse a save that the disk cannot hold before it half fills the disk."""
+        """Refuse a save that the disk cannot hold before it half fills the disk. A bucket has no end."""
+        if storage.is_remote(self.run):
+            return
         free = shutil.disk_usage(self.run).free
         if self._primary and free < needed:
             raise RunError(
@@ -515,10 +530,6 @@ def _describe(manifest: Manifest, leaves: Mapping[str, Any], digests: Mapping[st
     }
     wholes = {item: digest.whole(values) for item, values in digests.items() if values}
     return dataclasses.replace(manifest, tensors=tensors, digests=wholes)
-
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
 
 
 def line(entry: Entry) -> str:

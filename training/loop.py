@@ -311,6 +311,7 @@ class Saver:
         log.flush()
         config, step = self.program.config, int(state.step)
         self.writer.wait()  # the parent's manifest must be there to be named
+        log.metrics.push()  # a checkpoint must not know more than they do
         before = [e for e in self.series.entries() if e.manifest.step < step]
         parent = before[-1] if before else None
         since = parent.manifest.step if parent else 0

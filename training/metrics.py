@@ -1,13 +1,15 @@
 """What a run writes down while it trains: ``metrics.jsonl``, TensorBoard, one progress line, the ledger."""
 
 import json
-import shutil
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from checkpoint import storage
 from checkpoint.files import write_atomically
 from errors import RunError
 
@@ -18,9 +20,12 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         RunError: the disk is full or the directory is not writable.
     """
+    _append(path, json.dumps(record, allow_nan=False) + "\n")
+
+
+def _append(path: Path, text: str | bytes) -> None:
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        storage.append(path, text)
     except OSError as e:
         raise RunError(f"{path}: cannot append ({e.strerror}); free some space and run the same command again") from e
 
@@ -58,13 +63,15 @@ class Ledger:
     def __init__(self, run: Path, writes: bool = True, tidy: bool = True):
         self.path = run / "ledger.jsonl"
         self.writes = writes
+        self._turn = threading.Lock()  # saves are recorded by their own thread
         if writes and tidy:
             cut_torn_line(self.path)
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Append one event with the time (unix seconds), in the process that writes."""
         if self.writes:
-            append_line(self.path, {"event": event, "time": time.time(), **fields})
+            with self._turn:
+                append_line(self.path, {"event": event, "time": time.time(), **fields})
 
 
 class MetricsWriter:
@@ -73,7 +80,12 @@ class MetricsWriter:
     Lines are ``{"kind": "train", "step": n, ...}`` with n the 0-based index of the step whose loss it is, and
     ``{"kind": "validation", "step": n, ...}`` with n the number of updates done; and ``"skipped"``, as "train", of a
     step that was not applied. Of a run's processes one ``writes``; to the others nothing was ever logged.
+
+    A line is on the disk at once. To an object store, where every write makes a new object, lines go once a minute and
+    before each checkpoint (`push`): a kill loses those since, all of steps that the run will do again.
     """
+
+    _EVERY_S = 60.0
 
     def __init__(self, run: Path, resume_step: int | None, writes: bool = True):
         self.path = run / "metrics.jsonl"
@@ -84,6 +96,8 @@ class MetricsWriter:
         self.applied = [(r["step"], r["loss"], r["grad_norm"]) for r in trained]
         self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
         self.board = Board(run / "tensorboard", kept) if writes else None
+        self._waiting: list[str] | None = [] if storage.is_remote(run) else None
+        self._pushed = time.monotonic()
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
         records = read_lines(self.path)
@@ -97,11 +111,26 @@ class MetricsWriter:
         """One line in the file and one event on the board. Raises RunError where neither can be written."""
         if self.board is not None:
             record = {"kind": kind, "step": step, **values}
-            append_line(self.path, record)
+            if self._waiting is None:
+                append_line(self.path, record)
+            else:
+                self._waiting.append(json.dumps(record, allow_nan=False) + "\n")
             self.board.write(record)
+            if time.monotonic() - self._pushed > self._EVERY_S:
+                self.push()
+
+    def push(self) -> None:
+        """Send what waits to an object store. Raises RunError where it cannot be written."""
+        if self._waiting:
+            _append(self.path, "".join(self._waiting))
+            self._waiting.clear()
+        if self.board is not None:
+            self.board.push()
+        self._pushed = time.monotonic()
 
     def close(self) -> None:
-        """Close the board's file."""
+        """Push what waits and close the board's file."""
+        self.push()
         if self.board is not None:
             self.board.close()
 
@@ -110,18 +139,22 @@ class Board:
     """A TensorBoard event file that says what ``metrics.jsonl`` says; made anew from it whenever a run goes on.
 
     Written synchronously: tensorboardX's own `SummaryWriter` writes from a thread, and when that dies of a full disk
-    the training waits for it for ever.
+    the training waits for it for ever. For a run in an object store it is written on the disk and pushed.
     """
 
     def __init__(self, folder: Path, records: list[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter  # slow to import; only a training process needs it
 
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        storage.remove(folder, ignore_errors=True)
+        self._scratch = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
+        here = Path(self._scratch.name) if self._scratch else folder
+        here.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(here / "events"))
+        self._sent, self._folder = 0, folder
         for record in records:
             self._add(record)
         self._writer.flush()
+        self.push()
 
     def _add(self, record: Mapping[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -143,9 +176,22 @@ class Board:
         except OSError as e:
             raise RunError(f"tensorboard: cannot write ({e}); free some space and run the same command again") from e
 
+    def push(self) -> None:
+        """Send what is new to an object store."""
+        if self._scratch:
+            file = next(Path(self._scratch.name).iterdir())
+            with file.open("rb") as stream:
+                stream.seek(self._sent)
+                new = stream.read()
+            if new:
+                _append(self._folder / file.name, new)
+                self._sent += len(new)
+
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 def duration(seconds: float) -> str:
