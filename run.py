@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import zipfile
@@ -855,6 +856,7 @@ def _diff(run: Path, selectors: tuple[str, str], as_json: bool) -> dict[str, Any
 
 def verify(args: Verify) -> tuple[dict[str, Any], int]:
     """Verb `verify`: this process's part, if there are several."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as in `train`
     from parallel import distributed
     from parallel.mesh import MeshConfig, simulate
     from training.record import RunRecord
@@ -866,11 +868,13 @@ def verify(args: Verify) -> tuple[dict[str, Any], int]:
     devices = args.simulate
     if devices is None and all(s.made_by["device_kind"] == "cpu" for s in record.segments):
         # Each process has its part of them.
-        devices = max(1, max(m.size for m in [mesh or MeshConfig(**s.mesh) for s in record.segments]))
+        meshes = [mesh] if mesh and -1 not in mesh.degrees.values() else [MeshConfig(**s.mesh) for s in record.segments]
+        devices = max(m.size for m in meshes)
         devices = -(-devices // (args.hosts.processes or 1))
     if devices is not None:
         simulate(devices, check=False)
     with distributed.start(args.hosts) as hosts:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it for a notice, and nobody here would ask for it
         if hosts.processes == 1:
             _simulate(devices)
         return _verify(args, record, mesh, distributed.is_lead())

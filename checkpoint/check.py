@@ -199,8 +199,8 @@ def diff(a: Entry, b: Entry) -> list[Change]:
                 old, new = (part[at : at + _BLOCK].astype(np.float64) for part in (left, right))
                 delta = new - old
                 square, change = square + float(old @ old), change + float(delta @ delta)
-                largest = max(largest, float(np.abs(delta).max()))
-                differing += int(np.count_nonzero(delta))
+                largest = float(np.maximum(largest, np.abs(delta).max()))  # not a number stays so
+                differing += int(np.count_nonzero((old != new) & ~(np.isnan(old) & np.isnan(new))))
         changes.append(Change(name, math.prod(x.shape), math.sqrt(square), math.sqrt(change), largest, differing))
     return changes
 
@@ -212,7 +212,7 @@ def total(changes: Sequence[Change]) -> Change:
         sum(c.numbers for c in changes),
         math.hypot(*(c.norm for c in changes)),
         math.hypot(*(c.change for c in changes)),
-        max((c.largest for c in changes), default=0.0),
+        float(np.max([c.largest for c in changes], initial=0.0)),
         sum(c.differing for c in changes),
     )
 

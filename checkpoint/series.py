@@ -321,13 +321,13 @@ class SeriesWriter:
                 raise UserError(f"{manifest.name}: {item} holds no array; give None to save without")
         leaves = {f"{item}/{name}": x for item, tree in items.items() for name, x in flat(tree).items()}
         path = self._new(manifest, sum(x.nbytes for tree in items.values() for x in jax.tree.leaves(tree)))
+        manifest = _describe(manifest, leaves, _digests(items))
         try:
             self._discard(path)
             saver = arrays.start_save(path, items)
         except Exception as e:
             self._discard(path)
             raise self._failed(path, e) from e
-        manifest = _describe(manifest, leaves, _digests(items))
         self._thread = threading.Thread(
             target=self._commit, args=(saver, path, manifest, then), name=f"commit {path.name}"
         )

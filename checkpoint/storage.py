@@ -26,6 +26,7 @@ from typing import Any, cast
 from errors import RunError, UserError
 
 _THREADS = 8  # requests under way at once; Google's client keeps ten connections
+_TRIALS = 5  # to append, if others append to the same object
 _PIECE = 8 * 2**20  # bytes, of an object that is read from one end to the other
 _BEAT_S = 5.0
 _SILENCE_S = 20.0
@@ -186,7 +187,7 @@ def write(file: Path, content: bytes) -> None:
 
 
 def append(file: Path, content: str | bytes) -> None:
-    """Add to a file. All of an object's writers must take turns; raises OSError if somebody wrote in between."""
+    """Add to a file. Raises OSError."""
     data = content.encode() if isinstance(content, str) else content
     if not is_remote(file):
         with file.open("ab") as stream:
@@ -197,15 +198,22 @@ def append(file: Path, content: str | bytes) -> None:
         if not whole.exists():
             whole.upload_from_string(data, "application/octet-stream", if_generation_match=0)
             return
-        whole.reload()
-        size, part = whole.size, _blob(file.with_name(f"{file.name}.part"))
+        part = _blob(file.with_name(f"{file.name}.{uuid.uuid4().hex}.part"))
         part.upload_from_string(data, "application/octet-stream")
-        try:  # joined in the bucket: what is there already is not sent again
-            _blob(file).compose([whole, part], if_generation_match=whole.generation)
-        except _api_errors().PreconditionFailed:
+        for trial in range(_TRIALS):
             whole.reload()
-            if whole.size != size + len(data):  # else it was done, and only the answer was lost
-                raise
+            try:  # joined in the bucket: what is there already is not sent again
+                _blob(file).compose([whole, part], if_generation_match=whole.generation)
+                break
+            except (
+                _api_errors().PreconditionFailed
+            ):  # somebody else wrote; or it was done, and only the answer was lost
+                size = whole.size
+                whole.reload()
+                if whole.size >= size + len(data) and whole.download_as_bytes(start=size)[: len(data)] == data:
+                    break
+                if trial == _TRIALS - 1:
+                    raise
         part.delete()
 
 

@@ -146,15 +146,16 @@ class ChunkedData:
         """Raise RunError unless every file is there with its size; reads no content but the tokenizer's."""
         for file in self.manifest.files:
             file.check_size(self.directory)
-        self._check_tokenizer()
+        self.check_tokenizer()
 
     def check_content(self) -> None:
         """Raise RunError unless every file has its SHA-256; reads everything."""
         for file in self.manifest.files:
             file.check_content(self.directory)
-        self._check_tokenizer()
+        self.check_tokenizer()
 
-    def _check_tokenizer(self) -> None:
+    def check_tokenizer(self) -> None:
+        """Raise RunError unless the tokenizer has its SHA-256."""
         record = self.manifest.tokenizer
         if record is None:
             return

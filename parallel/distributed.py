@@ -33,6 +33,7 @@ _WAIT_MS = 60 * 60 * 1000  # for a process that is busy; of one that died jax's 
 _POLL_S = 0.5  # between two looks whether another process has failed
 _GRACE_S = 10.0  # for the others to hear that this one has failed
 _calls = itertools.count()
+_asked = itertools.count(1)
 
 _BY_HAND = "--coordinator HOST:PORT (of process 0), --processes N and --process-id K, or --processes 1 to run alone"
 
@@ -169,9 +170,10 @@ def takes_notice() -> bool:
     return runtime.global_state.preemption_sync_manager is not None
 
 
-def preempted(step: int) -> bool:
-    """Whether all processes are to save and leave now, as one of them was told; all ask alike, before every step."""
-    return takes_notice() and multihost_utils.reached_preemption_sync_point(step)
+def preempted() -> bool:
+    """Whether all processes are to save and leave now, as one of them was told; all ask alike, after every step."""
+    # Counted from the start of the process: what was told before the first question is answered at the first, 1.
+    return takes_notice() and multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 class Vote:
@@ -186,6 +188,10 @@ class Vote:
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._before: jax.Array | None = None
+
+    def forget(self) -> None:
+        """Let what was asked last go unanswered. All call it alike."""
+        self._before = None
 
     def __call__(self, flag: bool) -> bool:
         """Whether any process had asked when this was last called."""

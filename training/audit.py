@@ -5,6 +5,7 @@ other weights, out of place. Here everything that a run says of its checkpoints 
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from checkpoint import storage
 from checkpoint.check import check
 from checkpoint.manifest import FILE, KINDS, Entry, Kind
 from checkpoint.series import Series, line
@@ -90,14 +92,18 @@ class _Auditor:
 
     def audit(self) -> Audit:
         # Everything that is listed at one time first: a run that is being trained goes on meanwhile.
+        # The series last: a checkpoint is made after its parent, and must not be listed without it.
         try:
-            by_kind = {kind: self._entries(kind) for kind in KINDS}
+            listed = {kind: self._entries(kind) for kind in reversed(KINDS)}
+            by_kind = {kind: listed[kind] for kind in KINDS}
         except OSError as e:
             raise RunError(f"{e.filename}: cannot be read ({e.strerror})") from e
         series, every = by_kind["series"], [e for kind in KINDS for e in by_kind[kind]]
         self._index(series)
-        imported = any(e.manifest.origin for e in every)
-        events = self._events()
+        imported = bool(every) and all(e.manifest.origin for e in every)
+        for entry in [] if imported else [e for e in every if e.manifest.origin]:
+            self._wrong(entry, "was imported, among checkpoints that were trained; remove it")
+        events = self._events(all(e.manifest.origin for e in every))
         record = self._record(every, imported)
         for entry in every:
             self._checkpoint(entry)
@@ -107,6 +113,8 @@ class _Auditor:
             missing = self._positions(series, every, config) if config else set()
             if events is not None:
                 self._saved(every, events, missing)
+        elif events is not None:
+            self._imported(every, events)
         self._same_parameters(every, imported, _idle(record, events is not None))
         if record and events is not None:
             self._data(record, every)
@@ -158,16 +166,23 @@ class _Auditor:
         for name, fields in listed.items():
             if name in expected and {"step", "manifest_sha256"} <= fields.keys() <= expected[name].keys():
                 listed[name] = expected[name] | fields
+        count, last = len(listed), series[-1].manifest.name if series else ""
+        new = {n for n in listed.keys() - expected.keys() if (self.run / "series" / n / FILE).exists()}  # saved since
+        listed = {n: fields for n, fields in listed.items() if n not in new}
         wrong = sorted(n for n in listed.keys() | expected.keys() if listed.get(n) != expected.get(n))
-        if wrong or len(lines) != len(listed):
+        if wrong == [last] and last not in listed and len(lines) == count:
+            self.notes.append(f"{path}: does not name {last} (a crash just after it was saved); the next train adds it")
+        elif wrong or len(lines) != count:
             self._problem(
                 f"{path}: is not what the manifests say of {_few(wrong or listed)}; series --rebuild repairs it"
             )
 
-    def _events(self) -> list[dict[str, Any]] | None:
-        """The ledger; None if it cannot be read."""
+    def _events(self, none_needed: bool) -> list[dict[str, Any]] | None:
+        """The ledger; None if it cannot be read, empty where a run only began, or an import was killed."""
         path = self.run / "ledger.jsonl"
         try:
+            if not path.exists() and none_needed:
+                return []
             if not path.exists():
                 raise RunError(f"{path}: is missing; put it back from a copy of the run")
             events = read_lines(path)
@@ -309,6 +324,25 @@ class _Auditor:
                     f"{event.get('step')}; put it back from a copy, or go on training from the one before"
                 )
 
+        rolling = [e for e in named if e["kind"] == "rolling"]
+        newest = max((e.manifest.step for e in every if e.has("optimizer")), default=-1)
+        path = self.run / "rolling" / rolling[-1]["name"] if rolling else None
+        if path and rolling[-1]["step"] > newest and path.exists() and not (path / FILE).exists():
+            self._problem(
+                f"{path}: has lost its manifest, and is the newest state to go on from; put that back: the next train "
+                f"removes the folder, and goes on from step {newest}"
+            )
+
+    def _imported(self, every: list[Entry], events: list[dict[str, Any]]) -> None:
+        """Each holds what was imported last under its index, as the ledger has it."""
+        noted = {e["index"]: e["digest"] for e in events if e["event"] == "import" and {"index", "digest"} <= e.keys()}
+        for entry in every:
+            was, now = noted.pop(entry.manifest.index, None), self.params.get(entry.path)
+            if was is not None and now is not None and was != now:
+                self._wrong(entry, f"holds other weights than were imported (digest {now[:12]}…, not {was[:12]}…)")
+        for index in noted:
+            self._problem(f"{self.run}/series: index {index} was imported, as the ledger says, and is gone")
+
     def _same_parameters(self, every: list[Entry], imported: bool, idle: Callable[[Entry, Entry], bool]) -> None:
         """Those of one step hold the same, those of different steps different parameters."""
         by_digest: dict[str, list[Entry]] = defaultdict(list)
@@ -327,6 +361,13 @@ class _Auditor:
                 self._problem(f"{b.path}: holds other parameters than {a.path} of the same step", a, b)
 
     # ---- data ------------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self, data: ChunkedData) -> None:
+        """The run's copy is the data's."""
+        record = data.manifest.tokenizer
+        copy = self.run / record.file if record else None
+        if record and copy and copy.exists() and hashlib.sha256(storage.read(copy)).hexdigest() != record.sha256:
+            self._problem(f"{copy}: is not the tokenizer of {data.directory} any more; copy that one here")
 
     def _data(self, record: RunRecord, every: list[Entry]) -> None:
         """What the run was trained on is what it was, where the ledger says that it lies."""
@@ -358,6 +399,11 @@ class _Auditor:
                 f"{folder}: published files, which have no hashes that their content could be compared with"
             )
             return
+        try:
+            data.check_tokenizer()
+            self._tokenizer(data)
+        except RunError as e:
+            self._problem(str(e))
         if not self.content:
             self.notes.append(f"{folder}: only its manifest was compared, as was asked for")
             return

@@ -449,6 +449,12 @@ class RunConfig:
             )
         config = self._with_mixed(data.phases) if mixed else self._with_chunks(data.phases[0])
         Schedule(data.phases, config.phase_steps, self.data.global_batch)  # refuses steps that are not there
+        names = [self.series.name_of(p) for p in config.positions]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(
+                f"config: series.name={self.series.name!r} gives two checkpoints of the run the name {twice[0]!r}; put "
+                "the phase or the index in it"
+            )
         return config
 
     def _with_mixed(self, phases: Sequence[PhaseSamples]) -> "RunConfig":

@@ -29,14 +29,22 @@ class Guard:
         mesh: of the training step.
         past: (step, loss, norm) of the steps that were applied, in order; of the last `GuardConfig.window` is enough.
         until: first step to be trained, where the run goes on within steps that are skipped.
+        skipped: how many skips there were directly before.
     """
 
-    def __init__(self, config: GuardConfig, mesh: Mesh, past: Iterable[tuple[int, float, float]], until: int = 0):
+    def __init__(
+        self,
+        config: GuardConfig,
+        mesh: Mesh,
+        past: Iterable[tuple[int, float, float]],
+        until: int = 0,
+        skipped: int = 0,
+    ):
         self.config = config
         self.until = until
         """Steps before this one are not trained."""
         self._past = deque(past, maxlen=config.window + 2)
-        self._skipped = 0
+        self._skipped = skipped
         self._sharding = NamedSharding(mesh, PartitionSpec())
         self._gate = jax.jit(lambda limits, applied: jnp.where(applied > 0, limits, -jnp.inf))
 

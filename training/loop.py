@@ -110,7 +110,10 @@ def train(
         state = restore_state(plan, parent) if parent else plan.init()
         program = plan.compile()
 
-        skipping = distributed.from_lead(RunRecord(run, families).inside_skip(begin) if lead and parent else begin)
+        skipping, skipped = distributed.from_lead(
+            _skips(RunRecord(run, families), begin) if lead and parent else [0, 0]
+        )
+        _refuse_what_comes_later(Series(run), begin)
         metrics, ledger = MetricsWriter(run, begin if parent else None, lead), Ledger(run, lead)
         ledger(
             "resume" if parent else "start",
@@ -124,7 +127,7 @@ def train(
             **_read_from(data),
         )
         past = distributed.from_lead(metrics.applied[-config.guard.window - 2 :])
-        guard = Guard(config.guard, mesh, [tuple(step) for step in past], skipping)
+        guard = Guard(config.guard, mesh, [tuple(step) for step in past], skipping, skipped)
         log = Log(program, metrics, Watch(guard, loader, ledger))
         save = Saver(program, loader, writer, ledger, run)
         due = Rolling(config.series, mesh)
@@ -149,10 +152,10 @@ def train(
                 previous = values["applied"]
                 log.step(done, values)
             done += 1
-            stopping, keep = stop_now(distributed.preempted(done) or stop.requested), done in kept
+            stopping, keep = stop_now(distributed.preempted() or stop.requested), done in kept
             if not save.what_is_missing(state, done, log) and (due(done) or stopping or done == end):
                 save(state, "rolling", log)
-            if keep and not stopping:  # a validation that is missing then is made up for when the run goes on
+            if keep and (done == config.total_steps or not stopping):  # one that is missing then is made up for later
                 log.validation(done, program.validate(state.params, data))
         log.close()
         writer.wait()
@@ -236,6 +239,26 @@ def _refuse_imported(entries: list[Entry], run: Path) -> None:
         )
 
 
+def _skips(record: RunRecord, begin: int) -> list[int]:
+    """First step to train, and how many skips there are directly before it, of a run that goes on with a step."""
+    count, reached = 0, begin
+    for skip in reversed(record.skips):
+        if skip.step < begin and skip.until >= reached:
+            count, reached = count + 1, skip.step
+    return [record.inside_skip(begin), count]
+
+
+def _refuse_what_comes_later(series: Series, begin: int) -> None:
+    """What is kept must not be from a way that the run then did not go."""
+    later = [e for e in [*series.entries(), *series.early()] if e.manifest.step > begin]
+    if later:
+        raise UserError(
+            f"{later[0].path}: is of step {later[0].manifest.step}, and the newest state that the run can go on from "
+            f"is of step {begin}: its rolling checkpoint is gone. Put that back, or remove all {len(later)} "
+            "checkpoints after it, which the run would make again"
+        )
+
+
 def _loader_state(parent: Manifest, loader: Loader) -> dict[str, Any]:
     """What `Loader.state` returned when a checkpoint was saved: its manifest holds all of it."""
     state = loader.state(parent.step) | {"data": parent.data_sha256}
@@ -248,12 +271,12 @@ def _keep_tokenizer(data: TokenData, run: Path) -> None:
         write_atomically(run / data.tokenizer_file.name, data.tokenizer_file.read_bytes())
 
 
-def restore_state(program: Program, entry: Entry, optimizer: bool = True) -> TrainState:
-    """The state of a checkpoint on this mesh; without ``optimizer``, None for that."""
+def restore_state(program: Program, entry: Entry) -> TrainState:
+    """The state of a checkpoint on this mesh."""
     abstract = program.abstract
-    params, moments = restore(entry, params=abstract.params, optimizer=abstract.optimizer if optimizer else None)
+    params, optimizer = restore(entry, params=abstract.params, optimizer=abstract.optimizer)
     step = jax.device_put(np.int32(entry.manifest.step), abstract.step.sharding)
-    return TrainState(step, params, moments)
+    return TrainState(step, params, optimizer)
 
 
 class Rolling:
@@ -269,6 +292,7 @@ class Rolling:
         late = self._minutes is not None and self._late(time.monotonic() - self._since >= 60 * self._minutes)
         if late:
             self._since = time.monotonic()
+            self._late.forget()  # this step asked too, before it knew the answer
         return late or (self._steps is not None and done % self._steps == 0)
 
 
@@ -370,6 +394,13 @@ class Watch:
         place = lambda n: self.loader.schedule.place(n, 0)[0]  # noqa: E731
         return next((n for n in range(step + 1, self.loader.steps) if place(n) != place(step)), self.loader.steps)
 
+    def _documents(self, step: int) -> dict[str, Any]:
+        """Of the process that writes; an index that cannot be read must not end the run."""
+        try:
+            return {"documents": documents(self.loader.data, self.loader.schedule, step) if self.ledger.writes else []}
+        except (UserError, RunError, OSError) as e:
+            return {"documents": [], "documents_unknown": str(e)}
+
     def trouble(self, step: int, loss: float, norm: float) -> None:
         """Skip what is to be skipped.
 
@@ -388,7 +419,7 @@ class Watch:
             "loss": plain(loss),
             "grad_norm": plain(norm),
             "policy": policy,
-            "documents": documents(self.loader.data, self.loader.schedule, step) if self.ledger.writes else [],
+            **self._documents(step),
         }
         if go_on:
             self.ledger("skip", until=until, **what)

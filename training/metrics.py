@@ -58,6 +58,9 @@ class Ledger:
     """The run's append-only record of events: start, resume, save, skip, guard, stop, finish, verify, import.
 
     Who has the run's lock makes it tidy first: a torn last line is cut off.
+
+    Raises:
+        RunError: its last line is torn, and somebody else has the lock.
     """
 
     def __init__(self, run: Path, writes: bool = True, tidy: bool = True):
@@ -66,6 +69,8 @@ class Ledger:
         self._turn = threading.Lock()  # saves are recorded by their own thread
         if writes and tidy:
             cut_torn_line(self.path)
+        elif writes and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            raise RunError(f"{self.path}: its last line is torn, until the next train cuts it off")
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Append one event with the time (unix seconds), in the process that writes."""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from checkpoint import digest
 from checkpoint.names import flat, nest
-from checkpoint.series import Entry, Series
+from checkpoint.series import Entry, Series, restore
 from data.loader import TokenData
 from errors import RunError, UserError
 from parallel.mesh import MeshConfig
@@ -30,9 +30,15 @@ from training.program import Program, no_limits
 from training.record import RunRecord, Segment, made_by
 from training.state import TrainState, shardings
 
-#: Per 20 steps, by compute dtype: largest relative deviation of a loss, and absolute one of a parameter. Deviations
-#: grow with the steps; those of float32 are contract 3's, those of bfloat16 are tested in `tests/crystal_jax`.
+#: Per 20 steps, by compute dtype: largest relative deviation of a loss, and absolute one of a parameter. Those of
+#: float32 are contract 3's, those of bfloat16 are tested in `tests/crystal_jax`. Deviations grow with the steps, and so
+#: do these, but only so many times: over more steps rounding alone may come to more, and who wants to know on another
+#: mesh asks over fewer.
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 1e-2)}
+LARGEST_SCALE = 10
+#: Times the tolerance of a loss: gradient norms and learning rates, relative; optimizer state, relative to the largest
+#: number of its array.
+NORM, RATE, OPTIMIZER = 10, 0.1, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Compared:
     """Largest absolute deviation of a parameter; those that the model calls undetermined left out."""
     tensor: str | None
     """Where that is; None if there is none."""
+    optimizer: float
+    """Largest deviation in an array of the optimizer state, relative to the largest number of that array."""
     false_digests: tuple[str, ...]
     """Arrays whose content is not what the checkpoint's own manifest says."""
 
@@ -68,6 +76,10 @@ class Replay:
     """First step whose logged numbers are not the same bits."""
     loss: float
     """Largest relative deviation of a loss."""
+    grad_norm: float
+    """Of a gradient norm."""
+    learning_rate: float
+    """Of a learning rate."""
     checkpoints: tuple[Compared, ...]
     tolerance: tuple[float, float]
     """Of losses (relative) and parameters (absolute), over so many steps."""
@@ -81,13 +93,16 @@ class Replay:
             return "DIFFERS"
         if self.first_difference is None and all(c.bitwise for c in self.checkpoints):
             return "bitwise"
-        near = self.loss <= self.tolerance[0] and all(c.parameters <= self.tolerance[1] for c in self.checkpoints)
+        loss, parameters = self.tolerance
+        near = self.loss <= loss and self.grad_norm <= NORM * loss and self.learning_rate <= RATE * loss
+        near &= all(c.parameters <= parameters and c.optimizer <= OPTIMIZER * loss for c in self.checkpoints)
         return "within tolerance" if near and self.differs else "DIFFERS"
 
     def as_dict(self) -> dict[str, Any]:
         """For the ledger and for JSON."""
-        compared = [{**dataclasses.asdict(c), "parameters": plain(c.parameters)} for c in self.checkpoints]
-        values = dataclasses.asdict(self) | {"loss": plain(self.loss), "checkpoints": compared}
+        finite = lambda fields: {k: plain(v) if isinstance(v, float) else v for k, v in fields.items()}  # noqa: E731
+        values = finite(dataclasses.asdict(self))
+        values["checkpoints"] = [finite(dataclasses.asdict(c)) for c in self.checkpoints]
         return {"verdict": self.verdict, **values}
 
     def lines(self) -> list[str]:
@@ -101,15 +116,18 @@ class Replay:
             if c.false_digests:
                 found.append(f"  {c.name}: not what its own manifest says: {', '.join(c.false_digests[:5])}")
             elif not c.bitwise:
+                where = f", in {c.tensor}" if c.tensor else ""
                 found.append(
-                    f"  {c.name} (step {c.step}): parameters deviate by up to {c.parameters:.1e}"
-                    + (f", in {c.tensor}" if c.tensor else "")
+                    f"  {c.name} (step {c.step}): parameters deviate by up to {c.parameters:.1e}{where}; optimizer "
+                    f"state by {c.optimizer:.1e} of its largest"
                 )
         if self.verdict != "bitwise":
             first = "none" if self.first_difference is None else f"step {self.first_difference}"
             found.append(
                 f"  first step with other bits: {first}; losses deviate by up to {self.loss:.1e} (tolerance "
-                f"{self.tolerance[0]:.1e}), parameters tolerance {self.tolerance[1]:.1e}"
+                f"{self.tolerance[0]:.1e}), gradient norms by {self.grad_norm:.1e} ({NORM * self.tolerance[0]:.1e}), "
+                f"learning rates by {self.learning_rate:.1e}; tolerance of parameters {self.tolerance[1]:.1e}, of "
+                f"optimizer state {OPTIMIZER * self.tolerance[0]:.1e}"
             )
             found.append(f"  not as in the run: {'; '.join(self.differs) or 'nothing that is known to change bits'}")
         return found
@@ -171,19 +189,22 @@ class Replayer:
         if not start.manifest.step < last:
             raise UserError(f"verify: {start.manifest.name} is not before {end.manifest.name}")
         line = ProgressLine(last, writes=progress and jax.process_index() == 0)
-        wanted = {e.manifest.step: e for e in self.entries if start.manifest.step < e.manifest.step <= last}
+        every = [*Series(self.record.run).early(), *self.entries]
+        wanted = {e.manifest.step: e for e in every if start.manifest.step < e.manifest.step <= last}
         comparison = _Comparison(self.record, self.config)
         differs: dict[str, None] = {}
         meshes: dict[str, None] = {}
         checkpoints: list[Compared] = []
         step, skipped, state, program, batches = first.manifest.step, 0, None, None, None
         segment: Segment | None = None
+        limits: Any = None
         while step < last:
             if (found := self._segment(step)) is not segment:
                 segment, batches = found, None
                 program = self._program(segment)
                 state = restore_state(program, first) if state is None else _move(state, program)
-                differs |= dict.fromkeys(self._differences(segment, program.mesh))
+                limits = no_limits(program.mesh)
+                differs |= dict.fromkeys(self._differences(segment, program))
                 meshes |= {_text(program.mesh): None}
             assert program is not None
             assert state is not None
@@ -195,14 +216,14 @@ class Replayer:
                 continue
             if batches is None:
                 batches = make_loader(program.config, self.data, program.mesh).batches(step, last)
-            state, values = program.train_step(state, next(batches), no_limits(program.mesh))
+            state, values = program.train_step(state, next(batches), limits)
             comparison.step(step, values, line)
             step += 1
             if step in wanted:
                 checkpoints.append(self._compare(wanted[step], program, state))
         comparison.flush(line)
         line.done()
-        scale = max(1.0, (last - first.manifest.step) / 20)
+        scale = min(max(1.0, (last - first.manifest.step) / 20), LARGEST_SCALE)
         loss, parameters = TOLERANCE[self.config.execution.compute_dtype]
         return Replay(
             start=first.manifest.name,
@@ -212,7 +233,9 @@ class Replayer:
             meshes=tuple(meshes),
             losses=comparison.compared,
             first_difference=comparison.first,
-            loss=comparison.largest,
+            loss=comparison.largest["loss"],
+            grad_norm=comparison.largest["grad_norm"],
+            learning_rate=comparison.largest["learning_rate"],
             checkpoints=tuple(checkpoints),
             tolerance=(loss * scale, parameters * scale),
             differs=tuple(differs),
@@ -226,8 +249,7 @@ class Replayer:
 
     def _program(self, segment: Segment) -> Program:
         mesh = self.mesh or MeshConfig(**segment.mesh)
-        execution = segment.execution if segment.execution and self.mesh is None else self.config.execution
-        config = dataclasses.replace(self.config, mesh=mesh, execution=execution)
+        config = dataclasses.replace(self.config, mesh=mesh, execution=segment.execution or self.config.execution)
         if config not in self._programs:
             devices = jax.devices()
             if -1 not in mesh.degrees.values() and mesh.size < len(devices) and jax.process_count() == 1:
@@ -237,54 +259,70 @@ class Replayer:
                     f"verify: the run was trained on {mesh}, and there are {len(devices)} {devices[0].platform} "
                     f"devices; give --simulate {mesh.size}, or another --mesh"
                 )
-            built = mesh.build(devices)
-            config.check_mesh(built.shape)
-            self._programs[config] = Program.plan(config, built).compile()
+            built, planned = mesh.build(devices), config
+            try:
+                planned.check_mesh(built.shape)
+            except UserError:  # what suits the run's mesh need not suit another: then as the recipe has it
+                planned = dataclasses.replace(config, execution=self.config.execution)
+                planned.check_mesh(built.shape)
+            self._programs[config] = Program.plan(planned, built).compile()
         return self._programs[config]
 
-    def _differences(self, segment: Segment, mesh: Mesh) -> list[str]:
+    def _differences(self, segment: Segment, program: Program) -> list[str]:
         """What may change bits and is not as it was."""
-        found = []
+        found, mesh = [], program.mesh
+        if segment.execution is None:
+            found.append("execution of the run not known")
+        elif (was := dataclasses.asdict(segment.execution)) != (now := dataclasses.asdict(program.config.execution)):
+            found += [f"execution.{n} {now[n]} instead of {was[n]}" for n in was if was[n] != now[n]]
         if dict(segment.mesh) != dict(mesh.shape):
             found.append(f"mesh {_text(mesh)} instead of {MeshConfig(**segment.mesh)}")
-        now = made_by(mesh)
+        here = made_by(mesh)
         for name, was in segment.made_by.items():
             if was is None:
                 found.append(f"{name} of the run not known")
             elif isinstance(was, Mapping):
-                names = was.keys() | now[name].keys()
-                changed = sorted(n for n in names if was.get(n) != now[name].get(n))
-                found += [f"{n} {now[name].get(n)} instead of {was.get(n)}" for n in changed]
-            elif was != now[name]:
-                found.append(f"{name} {now[name]} instead of {was}")
+                names = was.keys() | here[name].keys()
+                changed = sorted(n for n in names if was.get(n) != here[name].get(n))
+                found += [f"{n} {here[name].get(n)} instead of {was.get(n)}" for n in changed]
+            elif was != here[name]:
+                found.append(f"{name} {here[name]} instead of {was}")
         return found
 
     def _compare(self, entry: Entry, program: Program, state: TrainState) -> Compared:
-        """The arrays of a checkpoint, as they are on disk, against a state on the same mesh."""
-        with_optimizer = entry.has("optimizer")
-        stored = restore_state(program, entry, optimizer=with_optimizer)
-        theirs = {"params": flat(nest(stored.params))}
-        ours = {"params": flat(nest(state.params))}
-        if with_optimizer:
-            theirs["optimizer"], ours["optimizer"] = flat(nest(stored.optimizer)), flat(nest(state.optimizer))
-        names = [(item, name) for item, arrays in theirs.items() for name in arrays]
-        on_disk = digest.digests([(name, theirs[item][name]) for item, name in names])
-        here = digest.digests([(name, ours[item][name]) for item, name in names])
-        said = [entry.manifest.tensors[f"{item}/{name}"].get("digest") for item, name in names]
-        false = [f"{i}/{n}" for (i, n), d, s in zip(names, on_disk, said, strict=True) if s is not None and s != d]
-        deviations: dict[str, float] = {}
-        if on_disk != here:
-            determined = [n for n in theirs["params"] if n not in self.config.model.undetermined]
-            deviations = {n: float(_deviation(theirs["params"][n], ours["params"][n])) for n in determined}
-        largest = max(deviations, key=deviations.__getitem__, default=None)
+        """The arrays of a checkpoint, as they are on disk, against a state on the same mesh; an item at a time."""
+        bitwise, false, deviations = True, [], {"params": 0.0, "optimizer": 0.0}
+        tensor = None
+        for item in [item for item in deviations if entry.has(item)]:
+            theirs, ours = flat(nest(self._stored(entry, program, item))), flat(nest(getattr(state, item)))
+            names = list(theirs)
+            on_disk = digest.digests([(name, theirs[name]) for name in names])
+            said = [entry.manifest.tensors[f"{item}/{name}"].get("digest") for name in names]
+            false += [f"{item}/{n}" for n, d, s in zip(names, on_disk, said, strict=True) if s is not None and s != d]
+            if on_disk == digest.digests([(name, ours[name]) for name in names]):
+                continue
+            bitwise = False
+            compare = _deviation if item == "params" else _relative
+            undetermined = self.config.model.undetermined
+            found = {n: float(compare(theirs[n], ours[n])) for n in names if not n.endswith(undetermined)}
+            largest = max(found, key=found.__getitem__)
+            deviations[item] = found[largest]
+            tensor = largest if item == "params" else tensor
         return Compared(
             name=entry.manifest.name,
             step=entry.manifest.step,
-            bitwise=on_disk == here,
-            parameters=deviations[largest] if largest else 0.0,
-            tensor=largest,
+            bitwise=bitwise,
+            parameters=deviations["params"],
+            tensor=tensor,
+            optimizer=deviations["optimizer"],
             false_digests=tuple(false),
         )
+
+    @staticmethod
+    def _stored(entry: Entry, program: Program, item: str) -> Any:
+        wanted = {"params": None, "optimizer": None} | {item: getattr(program.abstract, item)}
+        params, optimizer = restore(entry, **wanted)
+        return params if item == "params" else optimizer
 
 
 class _Comparison:
@@ -293,7 +331,7 @@ class _Comparison:
     def __init__(self, record: RunRecord, config: RunConfig):
         self._record, self._config = record, config
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.compared, self.largest = 0, 0.0
+        self.compared, self.largest = 0, dict.fromkeys(("loss", "grad_norm", "learning_rate"), 0.0)
         self.first: int | None = None
 
     def step(self, step: int, values: dict[str, jax.Array], line: ProgressLine) -> None:
@@ -304,7 +342,7 @@ class _Comparison:
         if self._pending is None:
             return
         (step, values), self._pending = self._pending, None
-        found = {name: float(values[name]) for name in ("loss", "grad_norm", "learning_rate")}
+        found = {name: float(values[name]) for name in self.largest}
         line.show(step, found | {"step_time_s": 0.0, "tokens_per_s": 0.0})
         logged = self._record.logged.get(step)
         if logged is None:
@@ -312,14 +350,20 @@ class _Comparison:
         self.compared += 1
         if any(found[name] != logged[name] for name in found):
             self.first = step if self.first is None else self.first
-            deviation = abs(found["loss"] - logged["loss"]) / max(abs(logged["loss"]), 1e-30)
-            self.largest = max(self.largest, deviation if np.isfinite(deviation) else np.inf)
+            for name, value in found.items():
+                deviation = abs(value - logged[name]) / max(abs(logged[name]), 1e-30) if value != logged[name] else 0.0
+                self.largest[name] = max(self.largest[name], deviation if np.isfinite(deviation) else np.inf)
 
 
 @jax.jit
 def _deviation(a: jax.Array, b: jax.Array) -> jax.Array:
     difference = jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)))
     return jnp.where(jnp.isnan(difference), jnp.inf, difference)
+
+
+@jax.jit
+def _relative(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _deviation(a, b) / jnp.maximum(jnp.max(jnp.abs(a.astype(jnp.float32))), 1e-30)
 
 
 def _move(state: TrainState, program: Program) -> TrainState:

@@ -219,7 +219,7 @@ def test_what_does_not_belong_there(copy):
     (copy / "series" / "thesis.tex").write_text("do not touch")
     (copy / "early" / "notes").write_text("x")
     texts = found(copy).problems
-    assert [t.split(": ")[0] for t in texts] == [f"{copy}/series/thesis.tex", f"{copy}/early/notes"]
+    assert {t.split(": ")[0] for t in texts} == {f"{copy}/series/thesis.tex", f"{copy}/early/notes"}
     assert all("belongs to no checkpoint" in t for t in texts)
 
 
@@ -516,3 +516,43 @@ def test_the_verb_refuses(whole, copy, capsys):
     code, _, err = call(capsys, "series", copy, "--check")
     assert code == 2
     assert "not a run directory (no config.json in it)" in err
+
+
+def test_what_a_kill_leaves_is_noted(copy):
+    """Between a manifest and its line in the list; a line without its end; a run that has only begun."""
+    index = copy / "series.jsonl"
+    lines = index.read_text().splitlines(keepends=True)
+    for text in ("".join(lines[:-1]), "".join(lines)[:-5]):
+        index.write_text(text)
+        result = found(copy)
+        assert result.problems == ()
+        assert "series.jsonl: does not name 002 (a crash just after it was saved)" in result.notes[0]
+    for name in ("series", "early", "ledger.jsonl", "series.jsonl"):
+        (shutil.rmtree if (copy / name).is_dir() else (lambda path: path.unlink()))(copy / name)
+    assert found(copy).problems == ()
+
+
+def test_an_imported_checkpoint_does_not_hide_the_rest(copy):
+    """Put among those that were trained, it would make all of them imported ones."""
+    rewrite(copy, "early/00000002", origin={"folder": "elsewhere", "format": "huggingface"})
+    change_one_weight(entry_of(copy, "series/002"), WQ, 0.5)
+    relist(copy)
+    texts = found(copy).problems
+    assert any("early/00000002: was imported, among checkpoints that were trained" in t for t in texts)
+    assert any("series/002: is not what was saved" in t for t in texts)
+
+
+def test_the_newest_state_without_its_manifest_is_no_torn_one(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (rolling,) = (run / "rolling").iterdir()
+    (rolling / FILE).unlink()
+    assert f"{rolling}: has lost its manifest, and is the newest state to go on from" in problem(run)
+
+
+def test_another_tokenizer(copy, elsewhere):
+    with open(copy / "tokenizer.model", "ab") as file:
+        file.write(b"x")
+    assert "tokenizer.model: is not the tokenizer of" in problem(copy)
+    with open(elsewhere / "tokenizer.model", "ab") as file:
+        file.write(b"x")
+    assert any(f"{elsewhere}/tokenizer.model: SHA-256 differs from the manifest" in t for t in found(copy).problems)

@@ -93,6 +93,15 @@ def test_resolves_what_the_recipe_leaves_open(tiny):
     assert (resolved.data.chunks, resolved.data.samples_per_chunk) == (3, 80)
 
 
+def test_two_checkpoints_of_one_name_are_refused(tiny):
+    phases = (PhaseConfig(steps=10, series_every_steps=5), PhaseConfig(series_every_steps=5))
+    series = dataclasses.replace(tiny.series, name="after-{phase_step}")
+    optimizer = tiny.optimizer
+    config = dataclasses.replace(tiny, phases=phases, series=series, optimizer=optimizer)
+    with pytest.raises(UserError, match="gives two checkpoints of the run the name 'after-5'; put the phase or"):
+        config.resolve(synthetic())
+
+
 def test_synthetic_data_of_a_recipe_fits_it(tiny):
     assert tiny.resolve(tiny.synthetic(7)).phase_steps == (7,)
     assert with_data(tiny, chunks=3).resolve(with_data(tiny, chunks=3).synthetic(7)).phase_steps == (21,)

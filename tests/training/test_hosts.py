@@ -124,8 +124,10 @@ def test_any_number_of_processes_train_as_one(pair, tmp_path):
     step = None
     for processes in (2, 4):  # one is told by SIGTERM, as clusters announce an eviction; JAX's service tells the others
         running = start(tmp_path, processes, pair, run)
-        seen = len(read_lines(run / "metrics.jsonl"))
-        while len(read_lines(run / "metrics.jsonl")) <= seen and running[0].poll() is None:
+        # Once it has made a step, or before the first one of those that go on.
+        file = run / ("ledger.jsonl" if step else "metrics.jsonl")
+        seen = len(read_lines(file))
+        while len(read_lines(file)) <= seen and running[0].poll() is None:
             time.sleep(0.02)
         running[-1].send_signal(signal.SIGTERM)
         reason, done, resumed_from = outcome(running)

@@ -77,6 +77,8 @@ def test_another_mesh_is_within_the_stated_tolerance(run):
     assert found.differs[0] == "mesh tensor=4 instead of data=2,fsdp=2,tensor=2"
     assert 0 < found.loss <= found.tolerance[0] == 1e-5
     assert all(0 < c.parameters <= found.tolerance[1] for c in found.checkpoints)
+    assert all(0 < c.optimizer <= 1e-2 for c in found.checkpoints if c.name != "000"), "of 000 it was not kept"
+    assert found.learning_rate == 0
     assert not any(c.bitwise for c in found.checkpoints)
     assert found.first_difference is not None
     text = "\n".join(found.lines())
