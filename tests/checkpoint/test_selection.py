@@ -58,7 +58,7 @@ def test_a_slice_is_over_indices_so_pruning_does_not_shift_it(run):
         ("step=11", r"there are 6, the nearest init \(step 0\), 0 \(step 10\), 1 .* 3 \(step 40\)$"),
         ("4:2", "no such checkpoint; there are 6"),
         ("1:4:0", "a slice cannot step by 0"),
-        ("-1", "not a checkpoint selector; write DIR@K, DIR@init"),
+        ("-1", "not a checkpoint selector; write DIR@K, DIR@NAME"),
         ("lattest", "not a checkpoint selector, did you mean 'latest'?"),
         ("1:2:3:4", "not a checkpoint selector"),
         ("step=-3", "not a checkpoint selector"),
