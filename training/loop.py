@@ -389,10 +389,14 @@ class Watch:
     def __init__(self, guard: Guard, loader: Loader, ledger: Ledger):
         self.guard, self.loader, self.ledger = guard, loader, ledger
 
+    def chunk(self, step: int) -> int:
+        """The chunk that a step begins in."""
+        return self.loader.schedule.place(step, 0)[0]
+
     def next_chunk(self, step: int) -> int:
         """The first step that begins in another chunk than this one."""
-        place = lambda n: self.loader.schedule.place(n, 0)[0]  # noqa: E731
-        return next((n for n in range(step + 1, self.loader.steps) if place(n) != place(step)), self.loader.steps)
+        later = range(step + 1, self.loader.steps)
+        return next((n for n in later if self.chunk(n) != self.chunk(step)), self.loader.steps)
 
     def _documents(self, step: int) -> dict[str, Any]:
         """Of the process that writes; an index that cannot be read must not end the run."""
@@ -413,7 +417,7 @@ class Watch:
         batch = self.loader.schedule.global_batch
         what = {
             "step": step,
-            "chunk": self.loader.schedule.place(step, 0)[0],
+            "chunk": self.chunk(step),
             "samples": [step * batch, (step + 1) * batch],
             "reason": why,
             "loss": plain(loss),
@@ -455,7 +459,7 @@ class Log:
     def waits_for(self, step: int, applied: jax.Array | None) -> jax.Array | None:
         """``applied``, of the step before this one, if this one must not be applied where that was not."""
         policy = self.watch.guard.config.on_trouble
-        together = policy == "stop" or (policy == "skip_chunk" and step < self.watch.next_chunk(step - 1))
+        together = policy == "stop" or (policy == "skip_chunk" and self.watch.chunk(step) == self.watch.chunk(step - 1))
         return applied if applied is not None and self.pending is not None and together else None
 
     def flush(self) -> None:
