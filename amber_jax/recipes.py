@@ -123,7 +123,7 @@ def amber_tiny() -> RunConfig:
 
 
 def amber_360() -> RunConfig:
-    """Amber's whole series, 360 checkpoints and the one before the first step, of a toy model: a run of minutes.
+    """Amber's whole series, 360 checkpoints and the one before the first step, of a toy model.
 
     Every chunk is two steps; everything else about the series is `amber_7b`'s. With ``--data synthetic`` nothing has to
     be prepared.

@@ -209,7 +209,7 @@ def crystal_tiny() -> RunConfig:
 
 
 def crystal_143() -> RunConfig:
-    """CrystalCoder's whole series, 143 checkpoints over three phases, of a toy model: a run of minutes.
+    """CrystalCoder's whole series, 143 checkpoints over three phases, of a toy model.
 
     A checkpoint every two steps and at the end of each phase: 53 + 1, 71 + 1 and 16 + 1, as `crystal_7b`'s. With
     ``--data synthetic`` nothing has to be prepared.

@@ -191,7 +191,7 @@ class Replayer:
         line = ProgressLine(last, writes=progress and jax.process_index() == 0)
         every = [*Series(self.record.run).early(), *self.entries]
         wanted = {e.manifest.step: e for e in every if start.manifest.step < e.manifest.step <= last}
-        comparison = _Comparison(self.record, self.config)
+        comparison = _Comparison(self.record)
         differs: dict[str, None] = {}
         meshes: dict[str, None] = {}
         checkpoints: list[Compared] = []
@@ -328,8 +328,8 @@ class Replayer:
 class _Comparison:
     """What the steps report against what was logged of them, one step late, as in the loop."""
 
-    def __init__(self, record: RunRecord, config: RunConfig):
-        self._record, self._config = record, config
+    def __init__(self, record: RunRecord):
+        self._record = record
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self.compared, self.largest = 0, dict.fromkeys(("loss", "grad_norm", "learning_rate"), 0.0)
         self.first: int | None = None
