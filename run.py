@@ -8,6 +8,7 @@ corrupt file); 75 training was told to stop by a signal, saved, and can be conti
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
@@ -290,6 +291,43 @@ class Generate:
     tokenizer: Path | None = None
     """SentencePiece .model, tokenizer.json, or a folder with one, if not the one of the run."""
     where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyze(Generic[T]):
+    """One study of the checkpoints that REF names: what is missing of its results, in DIR/results."""
+
+    ref: tyro.conf.Positional[str]
+    """Checkpoints: DIR@K, DIR@latest, DIR@0:360:10, DIR@all."""
+    study: Annotated[T, tyro.conf.arg(name="")]
+    data: Path | None = None
+    """Data directory of the run, if it is no longer where it was."""
+    tokenizer: Path | None = None
+    """SentencePiece .model, tokenizer.json, or a folder with one, if not the one of the run."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make results anew that were made with other settings."""
+    name: str | None = None
+    """Keep these results apart from those with other settings, under this name."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One HTML page about a run: loss, evaluations, analyses, data, meshes, and the series with its digests."""
+
+    dir: tyro.conf.Positional[Path]
+    """Run directory."""
+    out: Path | None = None
+    """Where to write it; by default DIR/report.html."""
+    data: Path | None = None
+    """Data directory of the run, if it is no longer where it was."""
     json: Json = False
     """Print one JSON object on stdout."""
 
@@ -978,6 +1016,35 @@ def generate(args: Generate) -> dict[str, Any]:
     return {"checkpoint": name, "continuations": continuations}
 
 
+def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
+    """Verb `analyze`, and `evaluate`, which is the study of that name."""
+    from analysis.subject import Target
+    from analysis.sweep import sweep
+
+    _simulate(args.where.simulate)
+    target = Target(
+        args.ref,
+        families(),
+        open_data,
+        mesh=args.where.mesh,
+        compute_dtype=args.where.compute_dtype,
+        data=args.data,
+        tokenizer=args.tokenizer,
+    )
+    opened = args.study.open(target, note)
+    outcome = sweep(target, opened, note, overwrite=args.overwrite, name=args.name)
+    if not args.json:
+        print("\n".join(str(path) for path in outcome.paths))
+    return outcome.to_json(), outcome.code
+
+
+def report(args: Report) -> dict[str, Any]:
+    """Verb `report`."""
+    from analysis.report import write
+
+    return write(args.dir, families(), args.out or args.dir / "report.html", note)
+
+
 def import_hf(args: Import) -> dict[str, Any]:
     """Verb `import`."""
     from huggingface.importer import import_folder
@@ -1143,6 +1210,26 @@ def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
 
 # ---- from words to calls -------------------------------------------------------------------------------------------
 
+#: Settings of each study, by the word after `analyze`: (module, class).
+STUDIES = {
+    "perplexity": ("analysis.perplexity", "Perplexity"),
+    "memorization": ("analysis.memorization", "Memorization"),
+    "contamination": ("analysis.contamination", "Contamination"),
+    "weights": ("analysis.weights", "Weights"),
+    "bold": ("analysis.safety", "Bold"),
+    "toxicity": ("analysis.safety", "Toxicity"),
+    "toxigen": ("analysis.safety", "Toxigen"),
+}
+
+
+def _study(module: str, name: str) -> Any:
+    """Arguments of a study: those of all, and its own settings."""
+    settings = getattr(importlib.import_module(module), name)
+    arguments = Analyze[settings]  # type: ignore[valid-type]
+    arguments.__doc__ = settings.__doc__
+    return arguments
+
+
 #: verb -> (arguments, whether a recipe name comes first, function).
 VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "demo": (Demo, False, run_demo),
@@ -1155,6 +1242,9 @@ VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "mixtures": (Mixtures, True, mixtures),
     "logits": (Logits, False, logits),
     "generate": (Generate, False, generate),
+    "evaluate": (Analyze, False, analyze),
+    "analyze": (Analyze, False, analyze),
+    "report": (Report, False, report),
     "import": (Import, False, import_hf),
     "export": (Export, False, export),
 }
@@ -1180,6 +1270,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{_nearest(verb, VERBS)}; verbs are {', '.join(VERBS)}")
         arguments, takes_recipe, function = VERBS[verb]
+        if verb == "evaluate":
+            arguments = _study("analysis.evaluate", "Evaluate")
+        if verb == "analyze":
+            kind, rest = (rest[0], rest[1:]) if rest else ("", rest)
+            if kind in ("-h", "--help"):
+                note(f"KIND is one of {', '.join(STUDIES)}; run.py analyze KIND --help lists its flags\n")
+                return 0
+            if kind not in STUDIES:
+                raise UserError(
+                    f"analyze {kind}: no such study{_nearest(kind, STUDIES)}; there are {', '.join(STUDIES)}"
+                )
+            verb, arguments = f"analyze {kind}", _study(*STUDIES[kind])
         result = function(_parse(verb, arguments, takes_recipe, rest))
         value, code = result if isinstance(result, tuple) else (result, 0)
         if as_json and is_lead():
@@ -1214,7 +1316,8 @@ def _nearest(word: str, known: Any) -> str:
 def _overview() -> str:
     lines = [__doc__ or "", "verbs:"]
     for verb, (arguments, takes_recipe, _) in VERBS.items():
-        lines.append(f"  {verb + (' RECIPE' if takes_recipe else ''):18} {arguments.__doc__}")
+        what = {"analyze": " KIND"}.get(verb, " RECIPE" if takes_recipe else "")
+        lines.append(f"  {verb + what:18} {arguments.__doc__}")
     return "\n".join([*lines, "", "recipes: " + ", ".join(recipes())])
 
 

@@ -40,10 +40,16 @@ REF_SYNTAX = "DIR@K, DIR@NAME, DIR@init, DIR@latest, DIR@A:B:C, DIR@all or DIR@s
 
 
 class Series:
-    """The committed checkpoints of a run directory, as they are at each call."""
+    """The committed checkpoints of a run directory, as they are at each call.
 
-    def __init__(self, run: Path):
+    Args:
+        run: run directory.
+        damaged: if it is given, checkpoints with a damaged manifest are left out, and this says why, by their name.
+    """
+
+    def __init__(self, run: Path, damaged: dict[str, str] | None = None):
         self.run = storage.path(run)
+        self._damaged = damaged
         self._known: dict[Path, tuple[tuple[int, ...], Entry]] = {}
 
     def entries(self) -> list[Entry]:
@@ -128,8 +134,17 @@ class Series:
 
     def _read(self, kind: Kind) -> list[Entry]:
         parent = self.run / kind
-        found = storage.each(parent, lambda path: self.entry(path, kind), storage.folders(parent))
-        return [entry for entry in found if entry]
+
+        def entry(path: Path) -> Entry | None:
+            try:
+                return self.entry(path, kind)
+            except RunError as e:
+                if self._damaged is None:
+                    raise
+                self._damaged[path.name] = str(e)
+                return None
+
+        return [entry for entry in storage.each(parent, entry, storage.folders(parent)) if entry]
 
     def entry(self, path: Path, kind: Kind) -> Entry | None:
         """The checkpoint in a folder, None if it has no manifest. Raises as `entries` does."""

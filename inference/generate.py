@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from errors import UserError
+from inference.batches import batches, power
 from inference.forward import batch_ways, forward
 from layers import params
 from layers.attention import Cache, Slots
@@ -50,8 +51,8 @@ class Sampling:
             raise UserError(f"generate: top_p={self.top_p} must be in (0, 1]")
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Next token of each row. float32 [B, V] -> int32 [B]."""
+def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Next token of each row. float32 [B, V], random keys [B] -> int32 [B]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -64,7 +65,8 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
         kept = jnp.where(before < sampling.top_p, order, jnp.inf)  # the first one is always kept
         least = jnp.maximum(least, jnp.min(kept, axis=-1))
-    return jax.random.categorical(key, jnp.where(logits >= least[:, None], logits, -jnp.inf)).astype(jnp.int32)
+    kept = jnp.where(logits >= least[:, None], logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 
 def generate(
@@ -76,8 +78,10 @@ def generate(
     sampling: Sampling,
     eos_id: int,
     use_cache: bool = True,
+    seeds: Sequence[int] | None = None,
+    batch_tokens: int = 16384,
 ) -> list[list[int]]:
-    """Continue each prompt.
+    """Continue each prompt. What follows one does not depend on the others, but for rounding.
 
     Args:
         model: the architecture.
@@ -88,6 +92,8 @@ def generate(
         sampling: how tokens are chosen.
         eos_id: token that ends a continuation; it is not part of the result.
         use_cache: False runs the whole prefix again for every token: slow, and the reference that the cache must equal.
+        seeds: of each prompt, if they are sampled; by default the sampling's seed and the prompt's number make one.
+        batch_tokens: positions in the caches of one batch, about.
 
     Returns:
         The new token ids of each prompt.
@@ -96,25 +102,41 @@ def generate(
         UserError: an empty prompt, an id outside the vocabulary, or prompt and continuation longer than the context.
     """
     _check(model, prompts, sampling)
-    rows = len(prompts)
-    longest = max(map(len, prompts))
-    # Shapes come in few sizes (powers of two), so that other prompts do not compile again.
-    width = _bucket(longest)
-    tokens = np.zeros((rows + -rows % batch_ways(mesh), width), np.int32)
-    start = np.full(len(tokens), width - 1, np.int32)  # rows that only fill up the batch hold one token
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        start[row] = width - len(prompt)
-    if use_cache:
-        run = _compiled(model, mesh, region, sampling, eos_id)
+    drawn = dataclasses.replace(sampling, seed=0)  # one program for all seeds
+    keys = _keys(sampling.seed, len(prompts)) if seeds is None else jnp.stack([jax.random.key(s) for s in seeds])
+    if not use_cache:
+        new = _without_cache(model, weights, prompts, mesh, region, drawn, eos_id, keys)
+        return [_cut(row, eos_id) for row in new.tolist()]
+    result: list[list[int]] = [[]] * len(prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    run = _compiled(model, mesh, region, drawn, eos_id)
+    for width, numbers in batches(lengths, model.context_length, batch_tokens, batch_ways(mesh)):
+        tokens = np.zeros((len(numbers), width), np.int32)
+        start = np.full(len(numbers), width - 1, np.int32)  # rows that only fill up the batch hold one token
+        for row, number in enumerate(numbers):
+            if number is not None:
+                tokens[row, width - lengths[number] :] = prompts[number]
+                start[row] = width - lengths[number]
+        of_rows = keys[np.array([number or 0 for number in numbers])]
         place = lambda a, *names: jax.device_put(a, axes.sharding(mesh, *names))  # noqa: E731
-        new = np.asarray(run(weights, place(tokens, "batch", "position"), place(start, "batch")))
-    else:
-        new = _without_cache(model, weights, prompts, mesh, region, sampling, eos_id)
-    result = []
-    for row in new[:rows].tolist():
-        result.append(row[: row.index(eos_id)] if eos_id in row else row)
+        new = np.asarray(run(weights, place(tokens, "batch", "position"), place(start, "batch"), of_rows))
+        for number, row in zip(numbers, new.tolist(), strict=True):
+            if number is not None:
+                result[number] = _cut(row, eos_id)
     return result
+
+
+def _keys(seed: int, rows: int) -> jax.Array:
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
+
+
+def _next(keys: jax.Array, n: Any) -> jax.Array:
+    """The keys for the n-th token of rows that have such keys."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, n))(keys)
+
+
+def _cut(row: list[int], eos_id: int) -> list[int]:
+    return row[: row.index(eos_id)] if eos_id in row else row
 
 
 def _check(model: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -130,13 +152,9 @@ def _check(model: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampl
             )
 
 
-def _bucket(length: int) -> int:
-    return max(16, 1 << (length - 1).bit_length())
-
-
 @functools.lru_cache(maxsize=16)
 def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sampling: Sampling, eos_id: int) -> Any:
-    """jitted ``(weights, left-padded tokens [B, P], start [B]) -> new tokens [B, max_new_tokens]``."""
+    """jitted ``(weights, left-padded tokens [B, P], start [B], keys [B]) -> new tokens [B, max_new_tokens]``."""
     region = dataclasses.replace(region, sequence_sharded=False, remat="none")
     graphdef = model.graphdef()
     cache_spec = axes.spec(mesh, "layers", "batch", "position", "heads", "head_dim")
@@ -160,13 +178,12 @@ def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sampling: Sampling
         check_vma=True,
     )
 
-    def run(weights: Any, tokens: jax.Array, start: jax.Array) -> jax.Array:
+    def run(weights: Any, tokens: jax.Array, start: jax.Array, keys: jax.Array) -> jax.Array:
         rows, width = tokens.shape
         heads, head_dim = model.cache_shape
         shape = (model.num_layers, rows, width + sampling.max_new_tokens, heads, head_dim)
         empty = Cache(jnp.zeros(shape, region.dtype), jnp.zeros(shape, region.dtype))
         logits, cache = step(weights, tokens, empty, Slots(jnp.int32(0), start))
-        key = jax.random.key(sampling.seed)
 
         def more(carry: Any) -> jax.Array:
             n, done, *_ = carry
@@ -174,7 +191,7 @@ def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sampling: Sampling
 
         def one(carry: Any) -> Any:
             n, done, new, logits, cache = carry
-            token = jnp.where(done, eos_id, choose(logits, jax.random.fold_in(key, n), sampling))
+            token = jnp.where(done, eos_id, choose(logits, _next(keys, n), sampling))
             new = new.at[:, n].set(token)
             logits, cache = step(weights, token[:, None], cache, Slots(width + n, start))
             return n + 1, done | (token == eos_id), new, logits, cache
@@ -193,20 +210,20 @@ def _without_cache(
     region: Region,
     sampling: Sampling,
     eos_id: int,
+    keys: jax.Array,
 ) -> np.ndarray:
     rows = len(prompts)
     lengths = np.array([len(p) for p in prompts])
-    width = min(model.context_length, _bucket(int(lengths.max()) + sampling.max_new_tokens))
+    width = min(model.context_length, max(16, power(int(lengths.max()) + sampling.max_new_tokens)))
     tokens = np.zeros((rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt  # right padding: a causal model never reads it
-    key = jax.random.key(sampling.seed)
     new = np.full((rows, sampling.max_new_tokens), eos_id, np.int32)
     done = np.zeros(rows, bool)
     for n in range(sampling.max_new_tokens):
         logits = forward(model, weights, tokens, mesh, region)["logits"]
         last = jnp.asarray(logits[np.arange(rows), lengths + n - 1])
-        token = np.where(done, eos_id, np.asarray(choose(last, jax.random.fold_in(key, n), sampling)))
+        token = np.where(done, eos_id, np.asarray(choose(last, _next(keys, n), sampling)))
         new[:, n] = token
         done |= token == eos_id
         if done.all():

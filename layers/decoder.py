@@ -116,6 +116,12 @@ class Decoder(nnx.Module):
         with region.precision():
             return vocabulary.cross_entropy(*self._head(region), whole, targets, weights, region.loss_chunks)
 
+    def scores(self, x: jax.Array, targets: jax.Array, region: Region) -> tuple[jax.Array, jax.Array]:
+        """Residual stream -> ``log p(target)`` float32 [B, S], likeliest token int32 [B, S]."""
+        whole = region.enter(self.final(x, region))
+        with region.precision():
+            return vocabulary.scores(*self._head(region), whole, targets, region.loss_chunks)
+
     def _head(self, region: Region) -> tuple[Any, Any]:
         """How logits are made, `(weights, stream) -> logits`, and the weights."""
         if isinstance(self.head, Head):

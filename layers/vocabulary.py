@@ -87,19 +87,10 @@ def cross_entropy(
     """
 
     def piece(matrix: Any, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = head(matrix, x)
-        highest = pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), TENSOR)
-        total = psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), TENSOR)
-        local, here = _localise(targets, logits.shape[-1])
-        chosen = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
-        chosen = psum(jnp.where(here, chosen, 0.0), TENSOR)
-        return jnp.sum((jnp.log(total) + highest - chosen) * weights)
+        return jnp.sum(_surprise(head(matrix, x), targets) * weights)
 
     if chunks == 1:
         return piece(matrix, x, targets, weights)
-
-    def split(a: jax.Array) -> jax.Array:  # [B, S, ...] -> [chunks, B, S/chunks, ...]
-        return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
 
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), matrix)  # for its gradient: the pieces' sum in float32
 
@@ -109,9 +100,57 @@ def cross_entropy(
     step = jax.checkpoint(summed, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     # The carry starts as zeros made from the weights, so that it varies over the same mesh axes as what is added.
     total, _ = lax.scan(
-        lambda total, a: (total + step(*a), None), jnp.sum(weights * 0.0), (split(x), split(targets), split(weights))
+        lambda total, a: (total + step(*a), None),
+        jnp.sum(weights * 0.0),
+        (_split(x, chunks), _split(targets, chunks), _split(weights, chunks)),
     )
     return total
+
+
+def scores(
+    head: Callable[[Any, jax.Array], jax.Array], matrix: Any, x: jax.Array, targets: jax.Array, chunks: int
+) -> tuple[jax.Array, jax.Array]:
+    """``log p(target)`` and the likeliest token (the lowest of equal ones) at each position.
+
+    Args:
+        head: (matrix, [B, S, D]) -> [B, S, V/tensor] logits.
+        matrix: what the head multiplies by, ready for use.
+        x: [B, S, D], whole rows.
+        targets: int32 [B, S].
+        chunks: pieces along S: only one piece's logits exist at a time.
+
+    Returns:
+        float32 [B, S] and int32 [B, S], equal on all of ``tensor``.
+    """
+
+    def piece(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = head(matrix, x)
+        size, highest = logits.shape[-1], jnp.max(logits, axis=-1)
+        likeliest = jnp.argmax(logits, axis=-1) + axis_index(TENSOR) * size
+        # Of equal logits the lowest id, as argmax over the whole vocabulary has it.
+        first = jnp.where(highest == pmax(highest, TENSOR), -likeliest, -size * lax.axis_size(TENSOR))
+        return -_surprise(logits, targets), -pmax(first.astype(jnp.int32), TENSOR)
+
+    if chunks == 1:
+        return piece(x, targets)
+    found = lax.map(lambda a: piece(*a), (_split(x, chunks), _split(targets, chunks)))  # [chunks, B, S/chunks]
+    logprobs, likeliest = (jnp.moveaxis(a, 0, 1).reshape(targets.shape) for a in found)
+    return logprobs, likeliest
+
+
+def _surprise(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """``-log p(target)``: [B, S, V/tensor], int32 [B, S] -> float32 [B, S], equal on all of ``tensor``."""
+    highest = pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), TENSOR)
+    total = psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), TENSOR)
+    local, here = _localise(targets, logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
+    chosen = psum(jnp.where(here, chosen, 0.0), TENSOR)
+    return jnp.log(total) + highest - chosen
+
+
+def _split(a: jax.Array, chunks: int) -> jax.Array:
+    """[B, S, ...] -> [chunks, B, S/chunks, ...]."""
+    return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
 
 
 def _localise(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ ROWS = [
     {"training", "inference"},
     {"huggingface"},
     {"amber_jax", "crystal_jax"},
+    {"analysis"},
     {"run", "demo"},
 ]
 #: Inside one row, besides the rule: the demo is a verb of the command line and asks it for its recipes.

@@ -1,0 +1,161 @@
+"""What a study found of one checkpoint, on the disk: ``RUN/results/KIND/NAME.json``, and tables beside it.
+
+    RUN/results/memorization/000.json            summary, settings, and what it was measured on
+    RUN/results/memorization/000.sequences.parquet   a table that came with it
+
+A result counts from the moment that its JSON is there, which is written last.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from checkpoint.files import write_atomically
+from checkpoint.manifest import Entry
+from errors import RunError
+
+VERSION = 1
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "lm_eval", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a study says of a checkpoint."""
+
+    summary: Mapping[str, Any]
+    """JSON: the figures that reports are made of. An estimate is {"value": …, "stderr": …, "n": …}."""
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    """Single observations, by name: kept as parquet beside the summary."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result as it was kept."""
+
+    kind: str
+    checkpoint: dict[str, Any]
+    """name, index, step, tokens, digest (of the parameters)."""
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    measured: dict[str, Any]
+    """device, mesh, versions, seconds, time."""
+    path: Path
+
+    def table(self, name: str) -> pa.Table:
+        """A table that was kept with it.
+
+        Raises:
+            RunError: it is not there or cannot be read.
+        """
+        file = table_path(self.path, name)
+        try:
+            return pq.read_table(file)
+        except (OSError, pa.ArrowException) as e:
+            raise RunError(f"{file}: cannot be read ({e}); make it again with --overwrite") from e
+
+
+def folder(run: Path, kind: str) -> Path:
+    """Where the results of a kind are."""
+    return run / "results" / kind
+
+
+def table_path(result: Path, name: str) -> Path:
+    """Where a table of a result is."""
+    return result.with_name(f"{result.stem}.{name}.parquet")
+
+
+def digest_of(entry: Entry) -> str:
+    """What tells that a result is of these weights: their digest; in a series of older code, the manifest's hash."""
+    return entry.manifest.digests.get("params") or entry.sha256
+
+
+def settings_sha256(settings: Mapping[str, Any]) -> str:
+    """Of what a result depends on besides the checkpoint."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def write(
+    run: Path, kind: str, entry: Entry, settings: Mapping[str, Any], scored: Scored, mesh: str, seconds: float
+) -> Path:
+    """Keep a result. Raises RunError where the disk refuses."""
+    m = entry.manifest
+    path = folder(run, kind) / f"{m.name}.json"
+    checkpoint = {"name": m.name, "index": m.index, "step": m.step, "tokens": m.tokens, "digest": digest_of(entry)}
+    device = jax.devices()[0]
+    measured = {
+        "device": device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU",
+        "mesh": mesh,
+        "seconds": round(seconds, 3),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    value = {
+        "version": VERSION,
+        "kind": kind,
+        "checkpoint": checkpoint,
+        "settings": dict(settings),
+        "settings_sha256": settings_sha256(settings),
+        "tables": sorted(scored.tables),
+        "summary": dict(scored.summary),
+        "measured": measured,
+    }
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name, table in scored.tables.items():
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd")
+            write_atomically(table_path(path, name), sink.getvalue().to_pybytes())
+        write_atomically(path, text)
+    except OSError as e:
+        raise RunError(f"{path}: cannot be written ({e.strerror}); what was finished before is kept") from e
+    return path
+
+
+def read(path: Path) -> Result | None:
+    """The result in a file; None if there is none.
+
+    Raises:
+        RunError: it is not one, or of a newer version.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if value["version"] > VERSION:
+            raise RunError(f"{path}: written by a newer version ({value['version']}); update this code to read it")
+        return Result(value["kind"], value["checkpoint"], value["settings"], value["summary"], value["measured"], path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path}: not a result of a study ({e}); remove it, and run the study again") from e
+
+
+def of_kind(run: Path, kind: str) -> list[Result]:
+    """The results of a kind in the order of their checkpoints, "init" first. Raises as `read` does."""
+    found = [read(p) for p in sorted(folder(run, kind).glob("*.json"))]
+    return sorted((r for r in found if r), key=lambda r: (r.checkpoint["step"], r.checkpoint["index"]))
+
+
+def kinds(run: Path) -> list[str]:
+    """Kinds of which there are results, sorted."""
+    root = run / "results"
+    return sorted({str(p.parent.relative_to(root)) for p in root.rglob("*.json")})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,135 @@
+"""What studies are made on: a run with the chosen checkpoints of its series, opened once, and one checkpoint of it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from checkpoint.manifest import Entry
+from checkpoint.series import Series, parse_ref, restore
+from data.loader import ChunkedData
+from data.tokenizer import Tokenizer, files_in, load
+from errors import UserError
+from inference.generate import Sampling, generate
+from inference.score import TokenScores, score
+from layers import params
+from layers.model import ModelConfig
+from layers.region import Region
+from parallel.mesh import MeshConfig
+from training.config import Family, RunConfig, model_from_dict
+from training.record import RunRecord
+from training.trace import RunTracer
+
+OpenData = Callable[[Path, RunConfig], Any]
+
+
+class Target:
+    """A run and those checkpoints of it that a reference names, with what their study needs.
+
+    Args:
+        ref: ``DIR@K``, ``DIR@0:360:10``, ``DIR@all`` and so on.
+        families: config classes by family name.
+        open_data: gives the data set of a folder, as `train` reads it.
+        mesh: degrees of parallelism, ``data=2,tensor=2``.
+        compute_dtype: float32 or bfloat16.
+        data: data directory of the run, if it is no longer where it was.
+        tokenizer: tokenizer file or folder, if not the one of the run.
+
+    Raises:
+        UserError: the reference names nothing, the mesh does not fit the model or this machine.
+    """
+
+    def __init__(
+        self,
+        ref: str,
+        families: Mapping[str, Family],
+        open_data: OpenData,
+        *,
+        mesh: str = "data=1",
+        compute_dtype: str = "float32",
+        data: Path | None = None,
+        tokenizer: Path | None = None,
+    ):
+        self.run, self.selector = parse_ref(ref)
+        self.series = Series(self.run)
+        self._families, self._open_data, self._data, self._tokenizer = families, open_data, data, tokenizer
+        try:
+            self.model: ModelConfig = model_from_dict(json.loads((self.run / "config.json").read_text()), families)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.run}: cannot read its config.json ({e}); is it a run directory?") from e
+        self.wanted_mesh = MeshConfig.parse(mesh)
+        self.region = Region(compute_dtype)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """Where the model runs."""
+        wanted, devices = self.wanted_mesh, jax.devices()
+        if -1 not in wanted.degrees.values() and jax.process_count() == 1:
+            devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
+        mesh = wanted.build(devices)
+        params.check_divides(self.model.abstract, mesh.shape)
+        return mesh
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer, or the one that was given.
+
+        Raises:
+            UserError: there is none, or it does not fit the model.
+        """
+        where = self._tokenizer or self.run
+        if self._tokenizer is None and not files_in(where):
+            raise UserError(f"{where}: has no tokenizer; give one with --tokenizer")
+        found = load(where)
+        found.check_fits(self.model.vocab_size)
+        return found
+
+    @cached_property
+    def record(self) -> RunRecord:
+        """How the run was trained. UserError: it was not trained here."""
+        return RunRecord(self.run, self._families)
+
+    @cached_property
+    def data(self) -> Any:
+        """The data set that was trained on, or given. UserError: synthetic, or not there."""
+        if self._data is not None and not (self.run / "ledger.jsonl").exists():
+            return ChunkedData(self._data)
+        named, _ = self.record.data
+        if self._data is None and named is None:
+            raise UserError(f"{self.run}: was trained on synthetic data, which is made of no documents; give --data")
+        return self._open_data(self._data or named or Path(), self.record.config)
+
+    @cached_property
+    def tracer(self) -> RunTracer:
+        """From documents to steps and back. UserError: the data is not there, or is not what was trained on."""
+        return RunTracer(self.run, self._families, self._open_data, data=self._data)
+
+    def load(self, entry: Entry) -> Any:
+        """Parameters of a checkpoint, placed on `mesh`. Raises RunError: damaged or missing files."""
+        weights, _ = restore(entry, params=params.abstract_arrays(self.model.abstract, self.mesh), optimizer=None)
+        return jax.block_until_ready(weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One checkpoint, ready to be scored."""
+
+    target: Target
+    entry: Entry
+    weights: Any
+    """Parameters on the target's mesh; None for a study that reads them itself."""
+
+    def score(self, rows: Any, batch_tokens: int = 16384) -> list[TokenScores]:
+        """Teacher-forced scores of rows of tokens: `inference.score.score`."""
+        t = self.target
+        return score(t.model, self.weights, rows, t.mesh, t.region, batch_tokens)
+
+    def generate(self, prompts: Any, sampling: Sampling, seeds: Any = None) -> list[list[int]]:
+        """Continuations of prompts, any number of them and of any lengths: `inference.generate.generate`."""
+        t = self.target
+        return generate(t.model, self.weights, prompts, t.mesh, t.region, sampling, t.tokenizer.eos_id, seeds=seeds)
