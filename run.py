@@ -1018,6 +1018,7 @@ def generate(args: Generate) -> dict[str, Any]:
 
 def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
     """Verb `analyze`, and `evaluate`, which is the study of that name."""
+    from analysis.results import lines, read
     from analysis.subject import Target
     from analysis.sweep import sweep
 
@@ -1034,7 +1035,7 @@ def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
     opened = args.study.open(target, note)
     outcome = sweep(target, opened, note, overwrite=args.overwrite, name=args.name)
     if not args.json:
-        print("\n".join(str(path) for path in outcome.paths))
+        print("\n".join(lines([r for r in map(read, outcome.paths) if r])))
     return outcome.to_json(), outcome.code
 
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,35 @@ def of_kind(run: Path, kind: str) -> list[Result]:
     """The results of a kind in the order of their checkpoints, "init" first. Raises as `read` does."""
     found = [read(p) for p in sorted(folder(run, kind).glob("*.json"))]
     return sorted((r for r in found if r), key=lambda r: (r.checkpoint["step"], r.checkpoint["index"]))
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """The single figures of a summary, with their standard errors where they have one."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, value in summary.items():
+        stderr = value.get("stderr") if isinstance(value, dict) else None
+        value = value.get("value") if isinstance(value, dict) else value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = (value, stderr)
+    return found
+
+
+def lines(found: Sequence[Result]) -> list[str]:
+    """Results as a person reads them: for each kind a table of its single figures over the checkpoints."""
+    text = []
+    for kind, of_kind_ in groupby(sorted(found, key=lambda r: (r.kind, r.checkpoint["step"])), key=lambda r: r.kind):
+        rows = [(r.checkpoint["name"], figures(r.summary)) for r in of_kind_]
+        names = list(dict.fromkeys(name for _, row in rows for name in row))
+        cells = [[kind, *names]]
+        for checkpoint, row in rows:
+            cells.append([checkpoint, *(_figure(*row[name]) if name in row else "-" for name in names)])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        text += ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
+    return text
+
+
+def _figure(value: float, stderr: float | None) -> str:
+    return f"{value:.4g}" + (f" ± {stderr:.2g}" if stderr is not None else "")
 
 
 def kinds(run: Path) -> list[str]:

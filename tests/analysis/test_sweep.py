@@ -206,3 +206,22 @@ def test_results_that_are_none_are_named(run):
     results.table_path(file, "rows").unlink()
     with pytest.raises(RunError, match=r"002.rows.parquet: cannot be read .* --overwrite"):
         results.read(file).table("rows")
+
+
+def test_a_table_for_people():
+    def result(kind, name, step, summary):
+        checkpoint = {"name": name, "index": 0, "step": step, "tokens": 0, "digest": ""}
+        return results.Result(kind, checkpoint, {}, summary, {}, Path())
+
+    found = [
+        result("ppl", "001", 20, {"loss": 2.5, "acc": {"value": 0.25, "stderr": 0.0125, "n": 4}, "sources": {"a": 1}}),
+        result("ppl", "init", 0, {"loss": 12, "by": [1, 2], "note": "x", "ok": True}),
+        result("norms", "init", 0, {"norm": 1}),
+    ]
+    assert results.lines(found) == [
+        "norms  norm",
+        " init     1",
+        " ppl  loss           acc",
+        "init    12             -",
+        " 001   2.5  0.25 ± 0.013",
+    ]
