@@ -2,8 +2,9 @@
 
 Real text becomes a chunked corpus; the planner ranks meshes; a small Amber trains on a mesh of simulated devices; the
 process is killed with SIGKILL half way; the same command on another mesh, a pipeline, carries on; every checkpoint of
-the series is checked, and two links of it are trained again and must give the same bits; the model writes text. Nothing
-here trains or prepares by itself: each part is one call of the command line in its own process.
+the series is checked, and two links of it are trained again and must give the same bits; every checkpoint is evaluated
+and studied; a report shows it all; the model writes text. Nothing here trains, prepares or studies by itself: each part
+is one call of the command line in its own process.
 """
 
 import json
@@ -87,6 +88,18 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
     replays = teller.call(["verify", str(run_dir), "--sample", "2"])["replays"]
     for r in replays:
         teller.say(f"{r['start']} -> {r['end']}: {r['verdict']}, {r['losses']} losses compared")
+    teller.part("Every checkpoint is evaluated and studied: held-out text, memorization, weights")
+    whole = f"{run_dir}@all"
+    held_out = teller.call(["evaluate", whole, "--tasks", "demo"])["results"]
+    teller.call(["analyze", "perplexity", whole])
+    memorized = teller.call(["analyze", "memorization", whole, "--sequences", "24"])["results"]
+    teller.call(["analyze", "weights", whole])
+    accuracy = {r["checkpoint"]["name"]: r["summary"]["acc"]["value"] for r in held_out}
+    teller.say("the true continuation of held-out text chosen among 4: " + _first_to_last(accuracy))
+    chunk_scores = {r["checkpoint"]["name"]: r["summary"]["score"]["value"] for r in memorized}
+    teller.say("tokens of the training data said again by heart: " + _first_to_last(chunk_scores))
+    teller.part("One page shows the run: it opens from the disk, with a browser")
+    report = teller.call(["report", str(run_dir)])["report"]
     teller.part("The first and the last checkpoint write code and prose")
     prompts = ["--prompt", "    def __init__(self", "--prompt", "import"]
     sampling = ["--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
@@ -104,12 +117,19 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
         "tokens": outcome["tokens"],
         "checkpoints": len(series["checkpoints"]),
         "verified": {f"{r['start']} -> {r['end']}": r["verdict"] for r in replays},
+        "heldout_accuracy": accuracy,
+        "report": report,
         "validation_loss_first": validation[0]["loss"],
         "validation_loss_last": validation[-1]["loss"],
         "continuations": texts,
     }
     teller.summary(result)
     return result
+
+
+def _first_to_last(values: dict[str, float]) -> str:
+    (first, start), *_, (last, end) = values.items()
+    return f"{start:.1%} ({first}) -> {end:.1%} ({last})"
 
 
 def _steps_done(run_dir: Path) -> int:
@@ -134,8 +154,9 @@ class Teller:
     def _show(self, words: list[str]) -> None:
         self.say(f"$ {PYTHON} run.py {shlex.join(words)}")
 
-    def _took(self, verb: str, start: float) -> None:
+    def _took(self, words: list[str], start: float) -> None:
         seconds = time.monotonic() - start
+        verb = " ".join(words[: 2 if words[0] == "analyze" else 1])
         self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
         self.say(f"({duration(seconds)})")
 
@@ -163,7 +184,7 @@ class Teller:
             raise
         if process.returncode:
             raise RunError(f"demo: run.py {words[0]} ended with code {process.returncode}; its message is above")
-        self._took(words[0], start)
+        self._took(words, start)
         return json.loads(output)
 
     def call_and_kill(self, words: list[str], run_dir: Path, at_step: int) -> None:
@@ -179,7 +200,7 @@ class Teller:
             process.wait()
         if process.returncode != -signal.SIGKILL:
             raise RunError(f"demo: training ended with code {process.returncode} before it could be killed")
-        self._took(words[0], start)
+        self._took(words, start)
         self.say(f"killed with SIGKILL after step {_steps_done(run_dir)}")
 
     def summary(self, result: dict[str, Any]) -> None:
@@ -194,7 +215,8 @@ class Teller:
         self.say(
             f"\n{run}: {result['steps']} steps, {result['tokens']:,} tokens, {result['checkpoints']} checkpoints; "
             f"validation loss {result['validation_loss_first']:.3f} -> {result['validation_loss_last']:.3f}\n"
-            f"{data}: chunks, validation samples, tokenizer, document index, manifest\ntime: {times}\n\n"
+            f"{data}: chunks, validation samples, tokenizer, document index, manifest\n"
+            f"{result['report']}: open it in a browser\ntime: {times}\n\n"
             "== Try next\n"
             f"{PYTHON} run.py series {run}\n"
             f"{PYTHON} run.py verify {run}    # all of it\n"

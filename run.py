@@ -1018,7 +1018,7 @@ def generate(args: Generate) -> dict[str, Any]:
 
 def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
     """Verb `analyze`, and `evaluate`, which is the study of that name."""
-    from analysis.results import lines, read
+    from analysis.results import lines
     from analysis.subject import Target
     from analysis.sweep import sweep
 
@@ -1035,7 +1035,7 @@ def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
     opened = args.study.open(target, note)
     outcome = sweep(target, opened, note, overwrite=args.overwrite, name=args.name)
     if not args.json:
-        print("\n".join(lines([r for r in map(read, outcome.paths) if r])))
+        print("\n".join(lines(outcome.results())))
     return outcome.to_json(), outcome.code
 
 

@@ -160,8 +160,8 @@ def figures(summary: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]
 def lines(found: Sequence[Result]) -> list[str]:
     """Results as a person reads them: for each kind a table of its single figures over the checkpoints."""
     text = []
-    for kind, of_kind_ in groupby(sorted(found, key=lambda r: (r.kind, r.checkpoint["step"])), key=lambda r: r.kind):
-        rows = [(r.checkpoint["name"], figures(r.summary)) for r in of_kind_]
+    for kind, group in groupby(sorted(found, key=lambda r: (r.kind, r.checkpoint["step"])), key=lambda r: r.kind):
+        rows = [(r.checkpoint["name"], figures(r.summary)) for r in group]
         names = list(dict.fromkeys(name for _, row in rows for name in row))
         cells = [[kind, *names]]
         for checkpoint, row in rows:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 
 from analysis import results
-from analysis.results import Scored
+from analysis.results import Result, Scored
 from analysis.subject import Subject, Target
 from checkpoint.manifest import Entry
 from checkpoint.series import Series
@@ -54,16 +54,15 @@ class Outcome:
     score_s: float = 0.0
     wall_s: float = 0.0
 
-    @property
-    def paths(self) -> list[Path]:
-        """All results of what was asked for."""
-        return sorted([*self.kept, *self.made])
+    def results(self) -> list[Result]:
+        """All results of what was asked for, by kind and step."""
+        found = [results.read(path) for path in [*self.kept, *self.made]]
+        return sorted((r for r in found if r), key=lambda r: (r.kind, r.checkpoint["step"], r.checkpoint["index"]))
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints: the results, and how long it took."""
-        found = [results.read(path) for path in self.paths]
         return {
-            "results": [{**vars(r), "path": str(r.path)} for r in found if r],
+            "results": [{**vars(r), "path": str(r.path)} for r in self.results()],
             "made": len(self.made),
             "kept": len(self.kept),
             "failed": self.failed,

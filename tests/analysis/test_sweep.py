@@ -103,7 +103,7 @@ def test_what_is_there_is_kept_and_gaps_are_filled(run):
     outcome = sweep(target(run), [Surprise(before=seen.append)], print)
     assert seen == ["init", "000", "002"]
     assert [p.stem for p in outcome.kept] == ["001"]
-    assert len(outcome.to_json()["results"]) == 4
+    assert [r["checkpoint"]["name"] for r in outcome.to_json()["results"]] == NAMES
     assert sweep(target(run), [Surprise(before=seen.append)], print).made == []
     # A checkpoint with other weights is scored again.
     file = run / "results/surprise/001.json"
