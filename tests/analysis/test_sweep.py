@@ -70,7 +70,7 @@ def test_every_checkpoint_is_scored_once_and_compiled_for_once(run):
     compiled: list[str] = []
     seen: list[tuple[str, int]] = []
     study = Surprise(before=lambda name: seen.append((name, len(compiled))))
-    listen = lambda event, duration, **more: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    listen = lambda event, duration_secs, **more: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         lines: list[str] = []
