@@ -17,7 +17,7 @@ from data.loader import ChunkedData
 from data.mixed import MixedData
 from data.sample import Schedule
 from data.tokenizer import Tokenizer, files_in, load
-from data.trace import Piece, Place, Tracer, row_pieces
+from data.trace import Origin, Piece, Place, Tracer, row_pieces
 from errors import UserError
 from training.config import Family, RunConfig
 from training.record import RunRecord
@@ -87,9 +87,7 @@ class RunTracer:
         if row is not None and not 0 <= row < batch:
             raise UserError(f"--row {row}: a batch has rows 0 to {batch - 1}")
         rows = range(batch) if row is None else [row]
-        places = [self.schedule.place(step, r) for r in rows]
-        if self.mixed:
-            places = [self.mixed.origin(*place) for place in places]
+        places = _places(self.mixed or self.data, self.schedule, step, rows)
         return [{**self._seen(step, r), **sample} for r, sample in zip(rows, self._samples(places))]
 
     def sample(self, chunk: int, position: int) -> list[dict[str, Any]]:
@@ -129,10 +127,9 @@ class RunTracer:
         if not isinstance(self.data, ChunkedData):
             yield from (self._published(*place) for place in places)
             return
-        for chunk, of_chunk in groupby(places, key=lambda place: place[0]):
-            for origin in self.tracer.origins(chunk, [position for _, position in of_chunk]):
-                pieces = [_piece(p) for p in self.tracer.pieces_of(origin)]
-                yield {**dataclasses.asdict(origin), "documents": pieces}
+        for origin in _origins(self.tracer, places):
+            pieces = [_piece(p) for p in self.tracer.pieces_of(origin)]
+            yield {**dataclasses.asdict(origin), "documents": pieces}
 
     def _published(self, chunk: int, position: int) -> dict[str, Any]:
         """A sample of published files: its file and row, and the texts that its end-of-document tokens delimit."""
@@ -176,14 +173,23 @@ def documents(data: Any, schedule: Schedule, step: int) -> list[str]:
     prepared = data.data if isinstance(data, MixedData) else data
     if not isinstance(prepared, ChunkedData):
         return []
-    places = [schedule.place(step, row) for row in range(schedule.global_batch)]
-    if isinstance(data, MixedData):
-        places = [data.origin(*place) for place in places]
+    places = _places(data, schedule, step, range(schedule.global_batch))
     tracer, names = Tracer(prepared), dict[str, None]()
-    for chunk, of_chunk in groupby(places, key=lambda place: place[0]):
-        for origin in tracer.origins(chunk, [position for _, position in of_chunk]):
-            names |= dict.fromkeys(str(_piece(p)["document"]) for p in tracer.pieces_of(origin))
+    for origin in _origins(tracer, places):
+        names |= dict.fromkeys(str(_piece(p)["document"]) for p in tracer.pieces_of(origin))
     return list(names)
+
+
+def _places(data: Any, schedule: Schedule, step: int, rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the samples of some rows of a step are in the data set itself: (chunk, position) of each."""
+    places = [schedule.place(step, row) for row in rows]
+    return [data.origin(*place) for place in places] if isinstance(data, MixedData) else places
+
+
+def _origins(tracer: Tracer, places: Sequence[tuple[int, int]]) -> Iterator[Origin]:
+    """What the samples at these places are; each run of one chunk is asked for at once."""
+    for chunk, of_chunk in groupby(places, key=lambda place: place[0]):
+        yield from tracer.origins(chunk, [position for _, position in of_chunk])
 
 
 def _piece(piece: Piece) -> dict[str, Any]:
