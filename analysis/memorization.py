@@ -105,16 +105,16 @@ class Memorization:
         kinds = [k for k in results.kinds(target.run) if k == KIND or k.startswith(f"{KIND}-")]
         if not kinds:
             raise UserError(f"{target.run}: has no results of memorization to tell of; make them first")
-        for kind in kinds:
-            history = History(target.run, kind)
-            if self.story is not None:
-                chunk, _, position = self.story.partition(":")
-                wanted = [(int(chunk), int(position))]
-            else:
-                wanted = history.changed(self.follow)
-            for key in wanted:
-                for line in story_lines(story(target, *key, history=history)):
-                    note(line if len(kinds) == 1 else f"{kind}: {line}")
+        histories = [History(target.run, kind) for kind in kinds]
+        if self.story is not None:
+            chunk, position = map(int, self.story.split(":"))
+            having = [h for h in histories if (h.keys == (chunk, position)).all(axis=1).any()] or histories[:1]
+            wanted = [(h, (chunk, position)) for h in having]
+        else:
+            wanted = [(h, key) for h in histories for key in h.changed(self.follow)]
+        for history, key in wanted:
+            for line in story_lines(story(target, *key, history=history)):
+                note(line if len(kinds) == 1 else f"{history.kind}: {line}")
 
 
 class Sequences(NamedTuple):

@@ -92,7 +92,7 @@ def generate(
         sampling: how tokens are chosen.
         eos_id: token that ends a continuation; it is not part of the result.
         use_cache: False runs the whole prefix again for every token: slow, and the reference that the cache must equal.
-        seeds: of each prompt, if they are sampled; by default the sampling's seed and the prompt's number make one.
+        seeds: of each prompt, from 0 to 2**32 - 1, if they are sampled; by default the sampling's seed and the prompt's number make one.
         batch_tokens: positions in the caches of one batch, about.
 
     Returns:
@@ -103,7 +103,7 @@ def generate(
     """
     _check(model, prompts, sampling)
     drawn = dataclasses.replace(sampling, seed=0)  # one program for all seeds
-    keys = _keys(sampling.seed, len(prompts)) if seeds is None else jnp.stack([jax.random.key(s) for s in seeds])
+    keys = _keys(sampling.seed, len(prompts)) if seeds is None else jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     if not use_cache:
         new = _without_cache(model, weights, prompts, mesh, region, drawn, eos_id, keys)
         return [_cut(row, eos_id) for row in new.tolist()]

@@ -15,6 +15,8 @@ import os, sys
 a, b = (os.dup(int(n)) for n in sys.argv[1:3])
 os.dup2(a, 3)
 os.dup2(b, 4)
+for n in (3, 4):
+    os.set_inheritable(n, True)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -190,18 +190,18 @@ def few(tmp_path_factory):
     """The first rows of real benchmarks."""
     folder = tmp_path_factory.mktemp("few")
     names = {
-        "arc/arc_challenge.jsonl": 10,
-        "hellaswag/hellaswag_val_subset1000.jsonl": 8,
-        "winogrande/winogrande.jsonl": 8,
-        "lambada/lambada_openai.jsonl": 5,
-        "crows_pairs/crows_pairs_anonymized.csv": 7,
+        "arc/arc_challenge.jsonl": 5,
+        "hellaswag/hellaswag_val_subset1000.jsonl": 4,
+        "winogrande/winogrande.jsonl": 6,
+        "lambada/lambada_openai.jsonl": 3,
+        "crows_pairs/crows_pairs_anonymized.csv": 6,
     }
     for name, rows in names.items():
         (folder / name).parent.mkdir(exist_ok=True)
         lines = (BENCHMARKS / name).read_text().splitlines(keepends=True)
         (folder / name).write_text("".join(lines[:rows]))
     (folder / "truthfulqa").mkdir()
-    listed = json.loads((BENCHMARKS / "truthfulqa" / "mc_task.json").read_text())[:6]
+    listed = json.loads((BENCHMARKS / "truthfulqa" / "mc_task.json").read_text())[:3]
     (folder / "truthfulqa" / "mc_task.json").write_text(json.dumps(listed))
     return folder
 
@@ -209,6 +209,22 @@ def few(tmp_path_factory):
 @needs_benchmarks
 def test_the_same_scores_as_the_harness_s_own_model(both, few):
     import lm_eval
+    from lm_eval.api.model import LM
+
+    class Said(LM):
+        """What the harness's model has answered."""
+
+        def __init__(self, answers):
+            super().__init__()
+            self.answers = answers
+
+        def loglikelihood(self, requests):
+            return [self.answers[r.args] for r in requests]
+
+        def loglikelihood_rolling(self, requests):
+            raise AssertionError("no task asks for it")
+
+        generate_until = loglikelihood_rolling
 
     subject, hf = both
     names = ("arc_challenge@0", "hellaswag@2", "truthfulqa_mc2", "truthfulqa_mc1", "crows_pairs", "winogrande@2")
@@ -219,32 +235,33 @@ def test_the_same_scores_as_the_harness_s_own_model(both, few):
         requests = [r for part in study._built for item in part.items for r in item.requests]
         study._lm.subject = subject
         ours = study._lm.loglikelihood(requests)
-        expected = theirs.loglikelihood(requests)
+        expected = theirs.loglikelihood(requests, disable_tqdm=True)
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
         largest = max(largest, *(abs(a - b) for (a, _), (b, _) in zip(ours, expected, strict=True)))
         cut += scored.summary["cut"]["requests"]
         if study.shots == 0:
             task = study._built[0].task
-            out = lm_eval.evaluate(theirs, {task.config.task: task}, bootstrap_iters=10)["results"][task.config.task]
+            said = Said(dict(zip([r.args for r in requests], expected, strict=True)))
+            out = lm_eval.evaluate(said, {task.config.task: task}, bootstrap_iters=10)["results"][task.config.task]
             for metric in study.task.metrics:
                 assert scored.summary[metric]["value"] == pytest.approx(out[f"{metric},none"], rel=1e-5), metric
                 if metric != "perplexity":  # theirs is drawn at random
                     assert scored.summary[metric]["stderr"] == pytest.approx(out[f"{metric}_stderr,none"], rel=1e-4)
     print(f"largest difference of a log-likelihood: {largest:.2g}; {cut} prompts were cut")
     assert largest < 1e-4
-    assert cut > 10, "also of prompts that are longer than the context"
+    assert cut > 5, "also of prompts that are longer than the context"
 
 
 @needs_benchmarks
 def test_the_same_rolling_scores_and_the_same_text(both):
     subject, hf = both
-    texts = [json.loads(line)["context"] for line in (BENCHMARKS / "lambada/lambada_openai.jsonl").open()][:4]
+    texts = [json.loads(line)["context"] for line in (BENCHMARKS / "lambada/lambada_openai.jsonl").open()][:2]
     requests = [Request((text,)) for text in [*texts, " ".join(texts)]]
     lm = open_lm(subject.target.tokenizer, 192, add_bos=False)
     lm.subject = subject
     theirs = hf(False)
     np.testing.assert_allclose(lm.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests), rtol=1e-6)
-    ask = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    ask = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
     requests = [Request((text, ask), "generate_until") for text in [*texts, " ".join(texts)]]
     assert lm.generate_until(requests) == theirs.generate_until(requests)
 
@@ -259,5 +276,5 @@ def test_scores_depend_neither_on_order_nor_on_the_batch(both, few):
     order = np.random.default_rng(1).permutation(len(requests))
     permuted = study._lm.loglikelihood([requests[n] for n in order])
     np.testing.assert_allclose([score for score, _ in permuted], together[order], rtol=0, atol=1e-5)
-    alone = [study._lm.loglikelihood([r])[0][0] for r in requests[:6]]
-    np.testing.assert_allclose(alone, together[:6], rtol=0, atol=1e-4)
+    alone = [study._lm.loglikelihood([r])[0][0] for r in requests[:3]]
+    np.testing.assert_allclose(alone, together[:3], rtol=0, atol=1e-4)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from checkpoint.series import Series
 from data.tokenizer import load, train_tokenizer
+from data.trace import text_of
 from errors import UserError
 from inference.forward import forward
 from layers import params
@@ -124,14 +126,12 @@ def test_validation_is_that_of_training(swept):
         rows = [r for r in last.table("documents").to_pylist() if r["source"] == name]
         windows_ = t.data.validation(name)
         for row, inputs, targets in zip(rows, windows_.inputs, windows_.targets):
-            # A window's text: of its whole tokens, less that of the first, which is only read.
-            begins = [i for i, token in enumerate(inputs) if token == t.tokenizer.eos_id]
-            parts = np.split(targets, [b + 1 for b in begins if b]) if begins else [targets]
-            assert row["bytes"] > 0
-            if not begins:
-                whole = t.tokenizer.decode([*t.tokenizer.encode("a"), *targets])[1:]
-                assert abs(row["bytes"] - len(whole.encode())) <= 4  # a character may be cut
-            assert len(parts) >= 1
+            ends = np.flatnonzero(inputs == t.tokenizer.eos_id)  # the next document begins after each
+            edges = [0, *ends, len(targets)]
+            parts = [targets[i:j] for i, j in pairwise(edges)]
+            texts = [text_of(part, t.tokenizer, begins=n > 0) for n, part in enumerate(parts)]
+            # The window may cut a character, whose bytes are shown as U+FFFD, of three bytes each.
+            assert abs(row["bytes"] - sum(len(text.encode()) for text in texts)) <= 4
 
 
 def _flat(value, prefix=""):
