@@ -92,7 +92,8 @@ def generate(
         sampling: how tokens are chosen.
         eos_id: token that ends a continuation; it is not part of the result.
         use_cache: False runs the whole prefix again for every token: slow, and the reference that the cache must equal.
-        seeds: of each prompt, from 0 to 2**32 - 1, if they are sampled; by default the sampling's seed and the prompt's number make one.
+        seeds: of each prompt, from 0 to 2**32 - 1, if they are sampled; by default the sampling's seed and the prompt's
+            number make one.
         batch_tokens: positions in the caches of one batch, about.
 
     Returns:
