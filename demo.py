@@ -90,9 +90,9 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
         teller.say(f"{r['start']} -> {r['end']}: {r['verdict']}, {r['losses']} losses compared")
     teller.part("Every checkpoint is evaluated and studied: held-out text, memorization, weights")
     whole = f"{run_dir}@all"
-    held_out = teller.call(["evaluate", whole, "--tasks", "demo"])["results"]
+    held_out = teller.call(["evaluate", whole, "--tasks", "demo", "--limit", "128"])["results"]
     teller.call(["analyze", "perplexity", whole])
-    memorized = teller.call(["analyze", "memorization", whole, "--sequences", "24"])["results"]
+    memorized = teller.call(["analyze", "memorization", whole, "--sequences", "20"])["results"]
     teller.call(["analyze", "weights", whole])
     accuracy = {r["checkpoint"]["name"]: r["summary"]["acc"]["value"] for r in held_out}
     teller.say("the true continuation of held-out text chosen among 4: " + _first_to_last(accuracy))

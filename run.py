@@ -1034,7 +1034,7 @@ def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
     )
     opened = args.study.open(target, note)
     outcome = sweep(target, opened, note, overwrite=args.overwrite, name=args.name)
-    if not args.json:
+    if opened and not args.json:
         print("\n".join(lines(outcome.results())))
     return outcome.to_json(), outcome.code
 

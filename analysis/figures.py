@@ -180,10 +180,11 @@ def heat(
                 )  # fmt: skip
         found = [(c, r) for r, c in enumerate(marked) if c is not None]
         if found and down <= 60:
-            for c, r in found:
-                axes.add_patch(_frame(c, r))
+            for c, r in found:  # white in black: seen on every colour of the map
+                axes.add_patch(_frame(c, r, "#000000", 4.4))
+                axes.add_patch(_frame(c, r, "#ffffff", 2.0))
         elif found:
-            axes.plot(*zip(*found), color=_ALARM, lw=1.6, drawstyle="steps-mid")
+            axes.plot(*zip(*found), color="#ffffff", lw=1.6, drawstyle="steps-mid")
         axes.set_xticks(*_ticks(columns, 14 if wide else 6))
         axes.set_yticks(*_ticks(rows, 18))
         axes.set(xlabel=column_label, ylabel=row_label)
@@ -318,10 +319,10 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _frame(column: int, row: int) -> Any:
+def _frame(column: int, row: int, color: str, width: float) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=_ALARM, lw=2.2)
+    return Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, ec=color, lw=width, zorder=3)
 
 
 def _cividis() -> Any:

@@ -147,13 +147,14 @@ def of_kind(run: Path, kind: str) -> list[Result]:
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """The single figures of a summary, with their standard errors where they have one."""
+    """The single figures of a summary and of the groups in it, with their standard errors where they have one."""
     found: dict[str, tuple[float, float | None]] = {}
     for name, value in summary.items():
-        stderr = value.get("stderr") if isinstance(value, dict) else None
-        value = value.get("value") if isinstance(value, dict) else value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = (value, stderr)
+        group = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) and "value" not in value else {}
+        for key, one in (group or {name: value}).items():
+            number, stderr = (one.get("value"), one.get("stderr")) if isinstance(one, dict) else (one, None)
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                found[key] = (number, stderr)
     return found
 
 

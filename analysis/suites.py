@@ -610,6 +610,17 @@ def _tasks() -> list[Task]:
 
 TASKS: Mapping[str, Task] = {task.name: task for task in _tasks()}
 
+#: Where below its ``tasks`` the harness keeps those of `Task.builtin`, if not in a folder of our name.
+FOLDERS: Mapping[str, str] = {
+    "arc_challenge": "arc",
+    "arc_easy": "arc",
+    "mmlu": "mmlu/default",
+    "truthfulqa_mc1": "truthfulqa",
+    "truthfulqa_mc2": "truthfulqa",
+    "boolq": "super_glue/boolq",
+    "copa": "super_glue/copa",
+}
+
 #: The task that is made of a run's own validation data.
 HELDOUT = "heldout"
 

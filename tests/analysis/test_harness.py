@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
 
 import numpy as np
 import pytest
@@ -227,8 +229,8 @@ def test_the_same_scores_as_the_harness_s_own_model(both, few):
         generate_until = loglikelihood_rolling
 
     subject, hf = both
-    names = ("arc_challenge@0", "hellaswag@2", "truthfulqa_mc2", "truthfulqa_mc1", "crows_pairs", "winogrande@2")
-    studies = Evaluate((*names, "lambada"), few).open(subject.target, print)
+    names = ("arc_challenge@0", "hellaswag@1", "truthfulqa_mc2", "crows_pairs", "winogrande@1", "lambada")
+    studies = Evaluate(names, few).open(subject.target, print)
     theirs, largest, cut = hf(), 0.0, 0
     for study in studies:
         scored = study.score(subject)
@@ -239,14 +241,13 @@ def test_the_same_scores_as_the_harness_s_own_model(both, few):
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
         largest = max(largest, *(abs(a - b) for (a, _), (b, _) in zip(ours, expected, strict=True)))
         cut += scored.summary["cut"]["requests"]
-        if study.shots == 0:
+        if study.shots == 0 and study.task.output == "multiple_choice":
             task = study._built[0].task
             said = Said(dict(zip([r.args for r in requests], expected, strict=True)))
-            out = lm_eval.evaluate(said, {task.config.task: task}, bootstrap_iters=10)["results"][task.config.task]
+            out = lm_eval.evaluate(said, {task.config.task: task}, bootstrap_iters=1)["results"][task.config.task]
             for metric in study.task.metrics:
                 assert scored.summary[metric]["value"] == pytest.approx(out[f"{metric},none"], rel=1e-5), metric
-                if metric != "perplexity":  # theirs is drawn at random
-                    assert scored.summary[metric]["stderr"] == pytest.approx(out[f"{metric}_stderr,none"], rel=1e-4)
+                assert scored.summary[metric]["stderr"] == pytest.approx(out[f"{metric}_stderr,none"], rel=1e-4)
     print(f"largest difference of a log-likelihood: {largest:.2g}; {cut} prompts were cut")
     assert largest < 1e-4
     assert cut > 5, "also of prompts that are longer than the context"

@@ -214,14 +214,14 @@ def test_a_table_for_people():
         return results.Result(kind, checkpoint, {}, summary, {}, Path())
 
     found = [
-        result("ppl", "001", 20, {"loss": 2.5, "acc": {"value": 0.25, "stderr": 0.0125, "n": 4}, "sources": {"a": 1}}),
-        result("ppl", "init", 0, {"loss": 12, "by": [1, 2], "note": "x", "ok": True}),
+        result("ppl", "001", 20, {"loss": 2.5, "acc": {"value": 0.25, "stderr": 0.0125, "n": 4}, "by": {"a": 1, "b": {"c": {"value": 2}}}}),
+        result("ppl", "init", 0, {"loss": 12, "list": [1, 2], "note": "x", "ok": True}),
         result("norms", "init", 0, {"norm": 1}),
     ]
     assert results.lines(found) == [
         "norms  norm",
         " init     1",
-        " ppl  loss           acc",
-        "init    12             -",
-        " 001   2.5  0.25 ± 0.013",
+        " ppl  loss           acc  by.a",
+        "init    12             -     -",
+        " 001   2.5  0.25 ± 0.013     1",
     ]
