@@ -213,8 +213,9 @@ def test_a_table_for_people():
         checkpoint = {"name": name, "index": 0, "step": step, "tokens": 0, "digest": ""}
         return results.Result(kind, checkpoint, {}, summary, {}, Path())
 
+    accuracy = {"value": 0.25, "stderr": 0.0125, "n": 4}
     found = [
-        result("ppl", "001", 20, {"loss": 2.5, "acc": {"value": 0.25, "stderr": 0.0125, "n": 4}, "by": {"a": 1, "b": {"c": {"value": 2}}}}),
+        result("ppl", "001", 20, {"loss": 2.5, "acc": accuracy, "by": {"a": 1, "b": {"c": {"value": 2}}}}),
         result("ppl", "init", 0, {"loss": 12, "list": [1, 2], "note": "x", "ok": True}),
         result("norms", "init", 0, {"norm": 1}),
     ]
