@@ -34,7 +34,7 @@ lint: $(READY)
 # What the tests against Hugging Face's transformers need; without it they are skipped. On Linux, PyPI's torch comes with
 # several gigabytes of CUDA unless pip finds a CPU build.
 parity: $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers==4.57.6'
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers==4.57.6' 'accelerate>=1'
 
 # The tests on Apache Beam, in an environment of its own: Beam takes older versions of protobuf and pyarrow than the lock.
 scale: $(READY)
@@ -54,7 +54,7 @@ aot: $(READY)
 
 # Exact versions for Python 3.11 and 3.12 in one file; needs uv (pip install uv).
 lock:
-	uv pip compile -q setup.cfg --extra test --universal --python-version 3.11 --no-annotate \
+	uv pip compile -q setup.cfg --extra test --extra analysis --universal --python-version 3.11 --no-annotate \
 		--custom-compile-command "make lock" -o requirements.lock
 
 clean:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from analysis import results
 from analysis.results import Scored
 from analysis.subject import Subject, Target
-from checkpoint.check import _boxes as boxes
+from checkpoint.check import boxes
 from checkpoint.manifest import Entry
 from checkpoint.names import stacked
 from checkpoint.series import Series

@@ -111,7 +111,7 @@ def _digests(entry: Entry, array: str, dtypes: Sequence[str]) -> list[str]:
     lazy = Tensors(entry, item, verify=False)[name]
     strides = [math.prod(lazy.shape[axis + 1 :]) for axis in range(len(lazy.shape))]
     lanes = [np.zeros(4, np.uint32) for _ in dtypes]
-    for box in _boxes(entry, array, lazy.shape):
+    for box in boxes(entry, array, lazy.shape):
         piece = lazy[box]
         offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
         for n, dtype in enumerate(dtypes):
@@ -119,7 +119,7 @@ def _digests(entry: Entry, array: str, dtypes: Sequence[str]) -> list[str]:
     return [digest.finish(name, lazy.shape, dtype, sums) for dtype, sums in zip(dtypes, lanes, strict=True)]
 
 
-def _boxes(entry: Entry, array: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+def boxes(entry: Entry, array: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     """Parts of an array that cover it, of whole chunks, so that each file is read once."""
     try:
         store = arrays.open_array(entry.path / array)
@@ -193,7 +193,7 @@ def diff(a: Entry, b: Entry) -> list[Change]:
     for name, x in first.items():
         square = change = largest = 0.0
         differing = 0
-        for box in _boxes(a, f"params/{name}", x.shape):
+        for box in boxes(a, f"params/{name}", x.shape):
             left, right = x[box].reshape(-1), second[name][box].reshape(-1)
             for at in range(0, left.size, _BLOCK):
                 old, new = (part[at : at + _BLOCK].astype(np.float64) for part in (left, right))

@@ -41,7 +41,7 @@ def test_a_sound_checkpoint_has_the_digests_of_its_manifest(finished):
 def test_pieces_of_any_size_give_the_same_digests(finished, monkeypatch, size):
     monkeypatch.setattr(check, "_PIECE_BYTES", size)
     entry = entry_of(finished)
-    boxes = list(check._boxes(entry, f"params/{WQ}", (2, 8, 16)))
+    boxes = list(check.boxes(entry, f"params/{WQ}", (2, 8, 16)))
     assert len(boxes) == {1: 8, 40: 8, 300: 4}[size], "one chunk of [2, 4, 4] at least, of float32"
     covered = np.zeros((2, 8, 16), int)
     for box in boxes:
