@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
+from record import record
 
 from analysis import results
 from analysis.results import Scored
 from analysis.subject import Subject, Target
 from analysis.sweep import Outcome, sweep
-from bench.record import record
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 8
