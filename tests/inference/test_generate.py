@@ -65,9 +65,10 @@ def test_same_seed_same_text(tiny, mesh_of, weights_of):
 def test_sampling_keeps_to_its_limits():
     """Probabilities 0.5, 0.25, 0.15, 0.1: what may be drawn is known by hand."""
     logits = jnp.log(jnp.tile(jnp.array([0.15, 0.5, 0.1, 0.25]), (4000, 1)))
+    keys = jax.random.split(jax.random.key(0), 4000)
 
     def shares(**limits):
-        drawn = np.asarray(choose(logits, jax.random.key(0), Sampling(temperature=1.0, **limits)))
+        drawn = np.asarray(choose(logits, keys, Sampling(temperature=1.0, **limits)))
         return np.bincount(drawn, minlength=4) / len(drawn)
 
     np.testing.assert_allclose(shares(), [0.15, 0.5, 0.1, 0.25], atol=0.03)
@@ -76,7 +77,7 @@ def test_sampling_keeps_to_its_limits():
     np.testing.assert_allclose(shares(top_p=0.8), [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9], atol=0.03)
     np.testing.assert_allclose(shares(top_p=0.01), [0, 1, 0, 0])
     np.testing.assert_allclose(shares(top_k=1), [0, 1, 0, 0])
-    cold = choose(logits, jax.random.key(0), Sampling(temperature=0.01))
+    cold = choose(logits, keys, Sampling(temperature=0.01))
     assert set(np.asarray(cold).tolist()) == {1}
 
 
