@@ -220,7 +220,7 @@ class CodeTask:
         if not problems:
             raise UserError(f"{file['file']}: has no problems of {name}; fetch it again")
         task = cls(name, problems, options, Sandbox(options.limits(kind.seconds), options.unsafe), file, target)
-        if task.settings()["isolation"] == NONE:
+        if not task.settings()["isolated"]:
             note(f"{name}: programs are run WITHOUT isolation, as --unsafe says")
         if lost := [p.task_id for p in problems if not task._allowed(p)]:
             note(f"{name}: {len(lost)} of {len(problems)} prompts do not fit in the context, and count as failed")
@@ -246,7 +246,7 @@ class CodeTask:
             "max_new_tokens": self.max_new_tokens,
             **{name: getattr(self.options, name) for name in chosen},
             "limits": asdict(self._sandbox.limits),
-            "isolation": self._sandbox.isolation,
+            "isolated": self._sandbox.isolation != NONE,
             "tokenizer": self._tokenizer.sha256,
             "compute_dtype": self._compute_dtype,
         }

@@ -50,6 +50,8 @@ class Result:
     summary: dict[str, Any]
     measured: dict[str, Any]
     """device, mesh, versions, seconds, time."""
+    tables: tuple[str, ...]
+    """Names of the tables that came with it."""
     path: Path
 
     def table(self, name: str) -> pa.Table:
@@ -62,7 +64,7 @@ class Result:
         try:
             return pq.read_table(file)
         except (OSError, pa.ArrowException) as e:
-            raise RunError(f"{file}: cannot be read ({e}); make it again with --overwrite") from e
+            raise RunError(f"{file}: cannot be read ({e}); remove it, and run the study again") from e
 
 
 def folder(run: Path, kind: str) -> Path:
@@ -133,7 +135,8 @@ def read(path: Path) -> Result | None:
         value = json.loads(path.read_text())
         if value["version"] > VERSION:
             raise RunError(f"{path}: written by a newer version ({value['version']}); update this code to read it")
-        return Result(value["kind"], value["checkpoint"], value["settings"], value["summary"], value["measured"], path)
+        fields = ("kind", "checkpoint", "settings", "summary", "measured")
+        return Result(**{name: value[name] for name in fields}, tables=tuple(value["tables"]), path=path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:

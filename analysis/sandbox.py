@@ -44,6 +44,7 @@ _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # `unshare` (which a process that changed its user would not), and all others die with it.
 _ROOT = r"""
 set -eu
+umask 022  # the program's user must be able to enter what is made here
 root=$1 scratch=$2 user=$3; shift 3
 echo 1000 >/proc/self/oom_score_adj || :  # if memory runs out, not the caller is killed
 mount -t tmpfs -o size=1m,mode=755 none "$root"
@@ -72,7 +73,7 @@ setpriv $user --no-new-privs --inh-caps=-all --bounding-set=-all -- "$@" || exit
 # Reads the limits as arguments, a nonce and the program from the file that is its input. Writes "+" to its output when
 # the program is about to start, then the nonce if it ran to its end, or the name of what it raised.
 _RUNNER = r"""
-import os, resource, sys
+import ctypes, os, resource, sys
 seconds, memory, file, processes = map(int, sys.argv[1:])
 for name, limit in (("AS", memory), ("DATA", memory), ("FSIZE", file), ("NPROC", processes), ("CPU", seconds),
                     ("NOFILE", 64), ("CORE", 0), ("STACK", 64 << 20)):
@@ -80,6 +81,11 @@ for name, limit in (("AS", memory), ("DATA", memory), ("FSIZE", file), ("NPROC",
     hard = resource.getrlimit(kind)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (limit, limit))
+# Neither namespaces nor another user leave the caller's keys behind: join a session keyring that is new and empty.
+# Where the kernel has or allows no keyrings, the program can read none either.
+join = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
+if join:
+    ctypes.CDLL(None).syscall(ctypes.c_long(join), ctypes.c_long(1), None)
 text = os.read(0, 64)
 program = b""
 while part := os.read(0, 1 << 20):

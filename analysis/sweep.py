@@ -103,9 +103,13 @@ def sweep(
     entries, outcome.failed = _entries(target)
     for lost, why in outcome.failed.items():
         note(f"{lost}: left out: {why}")
+    known = {study: _known(target, study, kind_of[study], overwrite) for study in studies}
+    settings = {study: results.settings_sha256(study.settings()) for study in studies}
     todo: list[tuple[Entry, list[Study]]] = []
     for entry in entries:
-        missing = [s for s in studies if not _has(target, entry, s, kind_of[s], overwrite, outcome)]
+        there = {study: known[study].get(entry.manifest.name) for study in studies}
+        missing = [study for study in studies if not _holds(there[study], entry, settings[study])]
+        outcome.kept += [found.path for study, found in there.items() if found and study not in missing]
         if missing:
             todo.append((entry, missing))
     if outcome.kept:
@@ -118,20 +122,28 @@ def sweep(
             current = ahead or reader.submit(_read, target, entry, missing)
             ahead = reader.submit(_read, target, *todo[n + 1]) if ahead_of and n + 1 < len(todo) else None
             checkpoint = entry.manifest.name
+            reasons: list[str] = []
             try:
                 weights, seconds = current.result()
                 outcome.read_s += seconds
-                for study in missing:
-                    start = time.monotonic()
-                    scored = study.score(Subject(target, entry, weights))
-                    outcome.score_s += (seconds := time.monotonic() - start)
-                    if jax.process_index() == 0:
-                        mesh = str(target.wanted_mesh)
-                        path = results.write(target.run, kind_of[study], entry, study.settings(), scored, mesh, seconds)
-                        outcome.made.append(path)
             except RunError as e:
-                outcome.failed[checkpoint] = str(e)
-                note(f"{checkpoint}: left out: {e}")
+                reasons.append(str(e))
+                missing = []
+            for study in missing:
+                start = time.monotonic()
+                try:
+                    scored = study.score(Subject(target, entry, weights))
+                except RunError as e:  # the other studies may still have something to say
+                    reasons.append(f"{kind_of[study]}: {e}")
+                    continue
+                outcome.score_s += (seconds := time.monotonic() - start)
+                if jax.process_index() == 0:
+                    mesh = str(target.wanted_mesh)
+                    path = results.write(target.run, kind_of[study], entry, study.settings(), scored, mesh, seconds)
+                    outcome.made.append(path)
+            if reasons:
+                outcome.failed[checkpoint] = "; ".join(reasons)
+                note(f"{checkpoint}: left out: {outcome.failed[checkpoint]}")
             del current
             weights = None
             elapsed = time.monotonic() - began
@@ -149,22 +161,27 @@ def _read(target: Target, entry: Entry, studies: Sequence[Study]) -> tuple[Any, 
     return weights, time.monotonic() - start
 
 
-def _has(target: Target, entry: Entry, study: Study, kind: str, overwrite: bool, outcome: Outcome) -> bool:
-    path = results.folder(target.run, kind) / f"{entry.manifest.name}.json"
-    there = results.read(path)
+def _known(target: Target, study: Study, kind: str, overwrite: bool) -> dict[str, Result]:
+    """Results of a kind by checkpoint. UserError: one was made with other settings, whatever its checkpoint."""
+    found = {r.path.stem: r for r in results.of_kind(target.run, kind)}
+    now = dict(study.settings())
+    for there in [] if overwrite else found.values():
+        if results.settings_sha256(there.settings) != results.settings_sha256(now):
+            other = [k for k in {**there.settings, **now} if there.settings.get(k) != now.get(k)]
+            raise UserError(
+                f"{there.path}: was made with other settings ({', '.join(sorted(other))}); give --name to keep both, "
+                "or --overwrite to make anew what is asked for"
+            )
+    return found
+
+
+def _holds(there: Result | None, entry: Entry, settings: str) -> bool:
+    """Whether a result is of this checkpoint's weights and of these settings, and its tables are there."""
     if there is None or there.checkpoint["digest"] != results.digest_of(entry):
         return False
-    if results.settings_sha256(there.settings) != results.settings_sha256(study.settings()):
-        if overwrite:
-            return False
-        before, now = there.settings, dict(study.settings())
-        other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-        raise UserError(
-            f"{path}: was made with other settings ({', '.join(sorted(other))}); give --overwrite to make it anew, or "
-            "--name to keep both"
-        )
-    outcome.kept.append(path)
-    return True
+    if not all(results.table_path(there.path, name).exists() for name in there.tables):
+        return False
+    return results.settings_sha256(there.settings) == settings
 
 
 def _entries(target: Target) -> tuple[list[Entry], dict[str, str]]:

@@ -16,7 +16,7 @@ from amber_jax.config import AmberConfig
 from amber_jax.recipes import amber_tiny
 from analysis import code, results
 from analysis.code import KINDS, TOO_LONG, CodeOptions, CodeTask, pass_at_k
-from analysis.sandbox import NONE, Limits, Sandbox
+from analysis.sandbox import Limits, Sandbox
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from checkpoint.series import SeriesWriter
@@ -244,7 +244,7 @@ def test_the_defaults_are_those_that_crystal_was_measured_with(place):
         settings = opened(place, name).settings()
         assert (settings["samples"], settings["temperature"]) == (samples, temperature)
         assert (settings["max_length"], settings["max_new_tokens"]) == (length, new)
-        assert (settings["k"], settings["top_p"], settings["isolation"]) == ([1, 10], 0.95, NONE)
+        assert (settings["k"], settings["top_p"], settings["isolated"]) == ([1, 10], 0.95, False)
     greedy = opened(place, greedy=True)
     assert (greedy.samples, greedy.temperature, greedy.ks) == (1, 0.0, (1,))
 

@@ -232,6 +232,38 @@ def without(*privileges: str, words: tuple[str, ...] = ()) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_the_caller_s_umask_does_not_matter(allowed):
+    before = os.umask(0o077)
+    try:
+        assert Sandbox(PATIENT).run("open('x', 'w').write('1')").passed
+    finally:
+        os.umask(before)
+
+
+#: A key in a session keyring of its own, then a program that looks for it; both by system calls.
+KEYS = r"""
+import ctypes, os, sys
+from analysis.sandbox import Limits, Sandbox
+add, keyctl = {"x86_64": (248, 250), "aarch64": (217, 219)}[os.uname().machine]
+call = ctypes.CDLL(None).syscall
+if call(keyctl, 1, None) < 0 or call(add, b"user", b"planted", b"SECRET", 6, -3) < 0:
+    sys.exit("no keyrings here")
+look = f"import ctypes\nassert ctypes.CDLL(None).syscall({keyctl}, 10, -3, b'user', b'planted', 0) < 0"
+exec(compile(look.replace("< 0", "> 0"), "here", "exec"))
+print(Sandbox(Limits(seconds=30)).run(look))
+"""
+
+
+def test_the_caller_s_keys_are_not_there(allowed):
+    if os.uname().machine not in ("x86_64", "aarch64"):
+        pytest.skip("system call numbers are known for x86_64 and aarch64 only")
+    command = [sys.executable, "-c", KEYS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    if "no keyrings here" in done.stderr:
+        pytest.skip("this kernel has no keyrings, or does not allow them")
+    assert done.stdout.startswith("Verdict(passed=True"), done.stdout + done.stderr
+
+
 def test_isolation_without_a_user_of_its_own(allowed):
     """As for a user that is not root: with the capabilities of a user namespace, which the program does not keep."""
     if subprocess.run(["unshare", "--map-root-user", "true"], capture_output=True, check=False).returncode:

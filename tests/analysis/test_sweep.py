@@ -122,8 +122,9 @@ def test_a_mesh_changes_no_more_than_rounding(run):
 
 def test_other_settings_do_not_mix(run):
     sweep(target(run, "latest"), [Surprise()], print)
-    with pytest.raises(UserError, match=r"002.json: was made with other settings \(rows\); give --overwrite"):
-        sweep(target(run), [Surprise(rows=3)], print)
+    for selector in ("all", "0"):  # also where no checkpoint has both
+        with pytest.raises(UserError, match=r"002.json: was made with other settings \(rows\); give --name"):
+            sweep(target(run, selector), [Surprise(rows=3)], print)
     assert values(run).keys() == {"002"}
     sweep(target(run, "latest"), [Surprise(rows=3)], print, name="few")
     assert results.kinds(run) == ["surprise", "surprise-few"]
@@ -162,9 +163,10 @@ def test_a_study_that_fails_leaves_its_checkpoint_out(run):
         if name == "001":
             raise RunError("nothing can be said of it")
 
-    outcome = sweep(target(run), [Surprise(before=refuse)], print)
-    assert outcome.failed == {"001": "nothing can be said of it"}
+    outcome = sweep(target(run), [Surprise(before=refuse), Surprise(kind="other")], print)
+    assert outcome.failed == {"001": "surprise: nothing can be said of it"}
     assert list(values(run)) == ["init", "000", "002"]
+    assert list(values(run, "other")) == NAMES
 
 
 KILLED = """
@@ -204,14 +206,16 @@ def test_results_that_are_none_are_named(run):
         results.read(file)
     file.write_text(text)
     results.table_path(file, "rows").unlink()
-    with pytest.raises(RunError, match=r"002.rows.parquet: cannot be read .* --overwrite"):
+    with pytest.raises(RunError, match=r"002.rows.parquet: cannot be read .* run the study again"):
         results.read(file).table("rows")
+    assert [p.stem for p in sweep(target(run, "latest"), [Surprise()], print).made] == ["002"]
+    assert results.read(file).table("rows").num_rows == 5
 
 
 def test_a_table_for_people():
     def result(kind, name, step, summary):
         checkpoint = {"name": name, "index": 0, "step": step, "tokens": 0, "digest": ""}
-        return results.Result(kind, checkpoint, {}, summary, {}, Path())
+        return results.Result(kind, checkpoint, {}, summary, {}, (), Path())
 
     accuracy = {"value": 0.25, "stderr": 0.0125, "n": 4}
     found = [
