@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -213,21 +214,42 @@ def bars(name: str, labels: Sequence[str], heights: Sequence[float], x_label: st
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = _MOST_POINTS) -> list[tuple[float, float, float, float]]:
-    """(x, mean, lowest, highest) of at most so many stretches of equal numbers of points."""
+    """(x, mean, lowest, highest) of at most so many stretches of equal numbers of points.
+
+    Integer ``x`` stay integers: each as it is, or the mean of a stretch rounded.
+    """
     xs, ys = np.asarray(x, float), np.asarray(y, float)
+    whole = all(isinstance(a, int) for a in x)
     if len(xs) <= most:
-        return [(float(a), float(b), float(b), float(b)) for a, b in zip(xs, ys, strict=True)]
+        return [(a if whole else float(a), float(b), float(b), float(b)) for a, b in zip(x, ys, strict=True)]
     edges = np.linspace(0, len(xs), most + 1).astype(int)
     spans = [slice(a, b) for a, b in pairwise(edges)]
-    return [(float(xs[s].mean()), float(ys[s].mean()), float(ys[s].min()), float(ys[s].max())) for s in spans]
+    middle = [round(float(xs[s].mean())) if whole else float(xs[s].mean()) for s in spans]
+    return [(a, float(ys[s].mean()), float(ys[s].min()), float(ys[s].max())) for a, s in zip(middle, spans)]
 
 
-def short(value: float, _: Any = None) -> str:
+def short(value: float, digits: int = 3) -> str:
     """1250000 as "1.25M"."""
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= factor * 0.9995:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
+    factor, unit = _unit(value)
+    return f"{value / factor:.{digits}g}{unit}"
+
+
+def _unit(value: float) -> tuple[float, str]:
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+    return next(((factor, unit) for factor, unit in units if abs(value) >= factor * 0.9995), (1.0, ""))
+
+
+def ticks(values: Sequence[float]) -> list[str]:
+    """Numbers beside an axis as `short` has them, with as many digits as the distance between them asks for."""
+    step = min((b - a for a, b in pairwise(sorted({float(v) for v in values}))), default=math.inf)
+    clean = [0.0 if abs(v) < 1e-9 * step < math.inf else float(v) for v in values]
+    scaled = [(v, _unit(v)[0]) for v in clean]
+
+    def fits(digits: int) -> bool:
+        return all(abs(float(f"{v / factor:.{digits}g}") * factor - v) <= 0.01 * step for v, factor in scaled)
+
+    digits = next((n for n in range(3, 16) if fits(n)), 15)
+    return [short(v, digits) for v in clean]
 
 
 # ---- how ------------------------------------------------------------------------------------------------------------
@@ -243,6 +265,7 @@ def _both(draw: Callable[[bool], str]) -> Drawn:
         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.facecolor": "none",
         "figure.facecolor": "none", "legend.labelcolor": _INK, "path.simplify": True, "axes.formatter.useoffset": False,
         "font.family": ["DejaVu Sans"],
+        "text.parse_math": False,  # names of a run's sources and tasks are no formulas
     }  # fmt: skip
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **settings}):
         return Drawn(draw(True), draw(False))
@@ -283,10 +306,34 @@ def _panel(axes: Any, panel: Panel, order: dict[str, int], wide: bool, most: int
         heights = [v for _ in panel.rug for v in (0, 0.02, np.nan)]
         axes.plot(segments, heights, color=_FAINT, lw=0.8, transform=axes.get_xaxis_transform())
     axes.set(title=panel.title, ylabel=panel.y_label)
-    axes.xaxis.set_major_formatter(short)
+    linear, log = _formatters()
+    axes.xaxis.set_major_formatter(linear())
     axes.xaxis.get_major_locator().set_params(nbins=7 if wide else 5)
-    if not panel.log:
-        axes.yaxis.set_major_formatter(short)
+    if max(map(len, ticks(axes.get_xticks())), default=0) > 5:
+        axes.xaxis.get_major_locator().set_params(nbins=4)  # long ones need room
+    axes.yaxis.set_major_formatter(log() if panel.log else linear())
+    if panel.log:
+        axes.yaxis.set_minor_formatter(log())
+
+
+@cache
+def _formatters() -> tuple[type, type]:
+    """Of the numbers beside a linear and beside a logarithmic axis."""
+    from matplotlib.ticker import Formatter, LogFormatter
+
+    class Linear(Formatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return short(x)
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return ticks(values)
+
+    class Log(LogFormatter):
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            shown = super().format_ticks(values)  # which of them have room
+            return [text if name else "" for text, name in zip(ticks(values), shown, strict=True)]
+
+    return Linear, Log
 
 
 def _line(axes: Any, line: Line, n: int, most: int) -> None:

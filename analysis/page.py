@@ -105,8 +105,8 @@ def table(label: str, columns: Sequence[str], rows: Rows) -> str:
 def download(name: str, columns: Sequence[str], rows: Rows) -> str:
     """A link to the rows as CSV, which is in the link itself."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer = csv.writer(out, lineterminator="\r\n")  # so that cells with either of the two are quoted
+    writer.writerow([plain(c) for c in columns])
     writer.writerows([plain(v) for v in row] for row in rows)
     data = quote(out.getvalue(), safe=",.:;-+_/=()")
     file = escape(f"{slug(name)}.csv")
@@ -114,12 +114,14 @@ def download(name: str, columns: Sequence[str], rows: Rows) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A cell of a CSV file: floats as short as they can be read back from, nothing for what is not known."""
+    """A cell of a CSV file: floats to nine digits, whole numbers exactly, nothing for what is not known."""
     if isinstance(value, Mono | Verdict | Long):
         value = value.text
     if isinstance(value, str):  # a spreadsheet would run what looks like a formula
-        return f"'{value}" if value[:1] in ("=", "+", "@", "\t") else value
-    return "" if value is None else float(f"{value:.7g}") if isinstance(value, float) else value
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else value
+    if isinstance(value, float) and not value.is_integer():
+        return float(f"{value:.9g}")
+    return "" if value is None else value
 
 
 def number(value: Any) -> str:

@@ -42,7 +42,7 @@ class Curve:
 
 
 def curve(task: str) -> Curve | None:
-    """The published curve of a task, by any of its names; "amber-arc_challenge" is one of "arc_challenge" too."""
+    """The published curve of a task by one of its names in `_NAMES`, in any case; None of every other name."""
     found = next((key for key, names in _NAMES.items() if task.lower() in names), None)
     return None if found is None else _curve(found)
 

@@ -1,7 +1,8 @@
 """One page that shows a run: ``run.py report RUN``, from what lies in the run directory, for a browser without network.
 
 It reads the ledger, the metrics, the manifests of the series and the results of studies, and computes nothing that
-needs weights. What cannot be read is left out and named at the top; of what is not there the page says how to make it.
+needs weights. What cannot be read is left out and named at the top, as are studies whose results are of several
+settings; of what is not there the page says how to make it.
 """
 
 from collections import Counter
@@ -25,10 +26,11 @@ def write(run: Path, families: Mapping[str, Family], out: Path, note: Callable[[
         run: run directory.
         families: config classes by family name.
         out: the file to write.
-        note: told of what was left out.
+        note: told of the notices.
 
     Returns:
-        "report", the file; "bytes"; "sections", their ids; "notices", what was left out and why.
+        "report", the file; "bytes"; "sections", their ids; "notices", what was left out and why, and what is of
+        several settings.
 
     Raises:
         UserError: there is no run; matplotlib is not installed.
@@ -40,7 +42,7 @@ def write(run: Path, families: Mapping[str, Family], out: Path, note: Callable[[
     absent = [(what, how.format(run=run)) for id_, what, how in _ABSENT if id_ not in there]
     for text in found.notices:
         note(text)
-    notices = notice("Not all of this run could be read", found.notices) if found.notices else ""
+    notices = notice("Read this first", found.notices) if found.notices else ""
     text = page(found.title, _lead(found), _facts(found), notices, made, absent, _foot(found))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,13 +57,18 @@ def write(run: Path, families: Mapping[str, Family], out: Path, note: Callable[[
 # ---- the head -------------------------------------------------------------------------------------------------------
 
 
+#: What the last of these events says of a run. One that began and did not end is at work, or was killed.
+_STATES = {
+    "start": "still training, or killed", "resume": "still training, or killed", "finish": "finished",
+    "stop": "stopped, and can go on", "guard": "stopped by its guard",
+}  # fmt: skip
+
+
 def _lead(f: Found) -> str:
     first = next((e for e in f.events if e["event"] in ("start", "import")), None)
     when = f", begun {date(first['time'])}" if first else ""
-    state = next((e["event"] for e in reversed(f.events) if e["event"] in ("finish", "stop", "guard")), None)
-    said = {"finish": "finished", "stop": "stopped, and can go on", "guard": "stopped by its guard"}.get(
-        state or "", ""
-    )
+    state = next((e["event"] for e in reversed(f.events) if e["event"] in _STATES), "")
+    said = _STATES.get(state)
     return f"{f.model.family} model of {f.model.num_parameters:,} parameters{when}{f'; {said}' if said else ''}."
 
 

@@ -32,7 +32,7 @@ class Found:
     run: Path
     families: Mapping[str, Family]
     notices: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """What could not be read, and what a reader must know besides."""
 
     def __post_init__(self) -> None:
         try:
@@ -51,6 +51,7 @@ class Found:
         self.results: dict[str, list[Result]] = {}
         for kind in results.kinds(self.run):
             self.results[kind] = sorted(self._read(kind), key=lambda r: (r.checkpoint["step"], r.checkpoint["index"]))
+            self._compare_settings(kind)
 
     def _read(self, kind: str) -> Iterator[Result]:
         digests = {e.manifest.name: results.digest_of(e) for e in [*self.series, *self.early]}
@@ -66,6 +67,19 @@ class Found:
                 self.notices.append(f"{path}: is of other weights than {path.stem} has now; run the study again")
                 continue
             yield result
+
+    def _compare_settings(self, kind: str) -> None:
+        """Results of a sweep over other settings than the one before are of other measurements, yet of one kind."""
+        made = {results.settings_sha256(r.settings): r.settings for r in self.results[kind]}
+        if len(made) < 2:
+            return
+        names = sorted({name for settings in made.values() for name in settings})
+        told = lambda s, name: json.dumps(s.get(name), sort_keys=True)  # noqa: E731
+        other = [name for name in names if len({told(s, name) for s in made.values()}) > 1]
+        self.notices.append(
+            f"results of {kind} were made with {len(made)} different settings ({', '.join(other)}), so that its "
+            "checkpoints do not compare; run the study with --overwrite to make all alike"
+        )
 
     @property
     def title(self) -> str:

@@ -23,6 +23,12 @@ _PANELS = 24  # of a figure with one for each task
 _LINES = 8  # of a panel
 _STRUCTURE = ("by_source", "domains", "groups", "sets", "prompts")  # in a path, says nothing of a curve
 _SHOWN = 9  # panels of a study that has no form of its own
+_NAMED = 6  # checkpoints or kinds in a sentence
+#: Metrics of which the greatest value is not the best one.
+_NOT_HIGHER = {
+    "pct_stereotype", "likelihood_diff", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte",
+    "brier_score", "wer", "ter", "ppl", "loss",
+}  # fmt: skip
 
 
 # ---- results over checkpoints ---------------------------------------------------------------------------------------
@@ -57,8 +63,9 @@ def flatten(summary: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], float
 
 
 def _finite(value: Any) -> float | None:
+    """The number, integers as they are, to be exact in downloads."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    return value if good else None
 
 
 def over_time(f: Found, found: Sequence[Result]) -> Curves:
@@ -87,6 +94,23 @@ def _trend(points: Sequence[Point]) -> str:
     if len(points) == 1:
         return f"{number(points[0].value)} at {points[0].name}"
     return f"from {number(points[0].value)} at {points[0].name} to {number(points[-1].value)} at {points[-1].name}"
+
+
+def _unfinished(f: Found, section: Section, kinds: Iterable[str]) -> None:
+    """Say which kinds do not have all checkpoints of the series; those that lack the same ones together."""
+    names = [e.manifest.name for e in f.series]
+    lacking: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for kind in kinds:
+        there = {r.checkpoint["name"] for r in f.results[kind]}
+        if missing := tuple(name for name in names if name not in there):
+            lacking[missing].append(kind)
+    for missing, of in lacking.items():
+        has = f"results of {len(names) - len(missing)} of {len(names)} checkpoints"
+        section.text(f"{_some(of)}: {has}; none of {_some(missing)}.")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _is_amber(f: Found) -> bool:
@@ -120,10 +144,13 @@ def evaluation(f: Found) -> Iterator[Section]:
         best, point = lines[shown[0]], lines[shown[0]][-1]
         over = f", chance is {chance:.3g}" if chance is not None else ""
         says.append(f"{task} {'.'.join(shown[0])} {_trend(best)}{over}")
-        top = max(best, key=lambda p: p.value)
+        top = max(best, key=lambda p: p.value) if _NOT_HIGHER.isdisjoint(shown[0]) else None
         last.append(
-            (task, ".".join(shown[0]), point.value, point.stderr, point.n, chance, top.value, top.name, len(best))
-        )
+            (
+                task, point.name, ".".join(shown[0]), point.value, point.stderr, point.n, chance,
+                top.value if top else None, top.name if top else None, len(best),
+            )
+        )  # fmt: skip
     if panels:
         says_all = "; ".join(says[:12]) + ("; …" if len(says) > 12 else "")
         for n in range(0, len(panels), _PANELS):
@@ -133,15 +160,15 @@ def evaluation(f: Found) -> Iterator[Section]:
                 + (" Grey: the published Amber." if _is_amber(f) else ""), f"{says_all}.",
                 curves(name, panels[n : n + _PANELS], f.axis, columns=3, height=2.3), _columns(f), rows,
             )  # fmt: skip
-        section.heading(f"At {f.family('evaluate')[next(iter(f.family('evaluate')))][-1].checkpoint['name']}")
-        section.table(
-            "Scores of the last checkpoint",
-            ("task", "metric", "score", "standard error", "items", "chance", "best", "at", "checkpoints"), last,
-        )  # fmt: skip
+        section.heading("Each task at its last checkpoint")
+        columns = ("task", "checkpoint", "metric", "score", "standard error", "items", "chance", "best", "at",
+                   "checkpoints")  # fmt: skip
+        section.table("Scores of the last checkpoint", columns, last)
     if compared:
         _published(section, compared)
     elif panels and _is_amber(f):
         section.text(f"Published curves: {sources()['source']}. {sources()['index']} {sources()['doubts']}")
+    _unfinished(f, section, f.family("evaluate"))
     yield section
 
 
@@ -225,6 +252,7 @@ def others(f: Found) -> Iterator[Section]:
         section.heading(kind)
         rows = [(name, tokens, *(b.get(name) for b in by)) for name, tokens in at.items()]
         section.table(f"Figures of {kind}", ("checkpoint", f.axis, *names), rows)
+        _unfinished(f, section, [kind])
     yield section
 
 
@@ -256,7 +284,8 @@ def memorization(f: Found) -> Iterator[Section]:
             ("tokens", "sequences"), list(enumerate(counts)),
         )  # fmt: skip
         if len(found) > 2:
-            _correlations(f, section, kind)
+            _correlations(f, section, kind, found)
+    _unfinished(f, section, f.family("memorization"))
     yield section
 
 
@@ -287,9 +316,9 @@ def _grid(f: Found, section: Section, kind: str, found: Sequence[Result], what: 
     )  # fmt: skip
 
 
-def _correlations(f: Found, section: Section, kind: str) -> None:
+def _correlations(f: Found, section: Section, kind: str, of: Sequence[Result]) -> None:
     try:
-        found = correlations(f.run, kind)
+        found = correlations(f.run, kind, of)
     except (RunError, UserError) as e:
         f.notices.append(str(e))
         return
@@ -346,44 +375,60 @@ def contamination(f: Found) -> Iterator[Section]:
                 curves(figure, [Panel("", lines, "items")], f.axis, height=2.6), ("task", f.axis, "items"),
                 [(line.label, a, b) for line in lines for a, b in zip(line.x, line.y, strict=True)],
             )  # fmt: skip
+    _unfinished(f, section, f.family("contamination"))
     yield section
 
 
 def weights(f: Found) -> Iterator[Section]:
     """Sizes and movement, by part of the model and by tensor."""
     section = Section("weights", "Weights over time")
-    moved = f.family("weights")
-    if own := moved.get("weights"):
-        lines = over_time(f, own)
-        groups = [g for g in GROUPS if ("groups", g, "norm") in lines]
-        panels = [
-            Panel("Root mean square", _of_groups(lines, groups, "rms"), log=True),
-            Panel("Norm", _of_groups(lines, groups, "norm"), log=True),
-            Panel("Relative change", _of_groups(lines, groups, "update"), log=True),
-            Panel("Cosine to the previous one", _of_groups(lines, groups, "cosine_previous")),
-        ]
-        rows = [r for p, ps in lines.items() if p[-1] != "numbers" for r in _rows(".".join(p), ps)]
-        order = [f"weights-to/{e.manifest.name}" for e in f.series]
-        if to := [k for k in order if k in moved]:  # the newest of those that most are compared with
-            best = max(to, key=lambda k: (len(moved[k]), order.index(k)))
-            last, name = over_time(f, moved[best]), best.partition("/")[2]
-            panels += [
-                Panel(f"Relative distance from {name}", _of_groups(last, groups, "distance")),
-                Panel(f"Cosine to {name}", _of_groups(last, groups, "cosine")),
-            ]
-            both = [p for p in last if p[-1] in ("distance", "cosine")]
-            rows += [r for p in both for r in _rows(f"{'.'.join(p)} to {name}", last[p])]
-        update = lines.get(("update",), [])
-        says = f"The norm of all weights goes {_trend(lines['norm',])}" if ("norm",) in lines else "Weights"
-        says += f"; the relative change between neighbours {_trend(update)}." if update else "."
-        section.figure(
-            "weights-curves", "Size and movement of the weights, by part of the model",
-            "Relative change: since the checkpoint before, the norm of the difference over the norm of what is "
-            "compared with; distance: the same, from the last.", says,
-            curves("weights-curves", [p for p in panels if p.lines], f.axis, columns=3, height=2.4), _columns(f), rows,
-        )  # fmt: skip
-        _tensors(f, section, own)
+    moved, drawn = f.family("weights"), []
+    for kind, own in moved.items():
+        if "/" in kind:
+            continue
+        named = kind.removeprefix("weights")  # of a study with --name, its results against one checkpoint have it too
+        order = [f"weights-to/{e.manifest.name}{named}" for e in f.series]
+        to = [k for k in order if k in moved]  # the newest of those that most are compared with
+        best = max(to, key=lambda k: (len(moved[k]), order.index(k)), default=None)
+        drawn += [kind, *([best] if best else [])]
+        name = best.partition("/")[2].removesuffix(named) if best else ""
+        _movement(f, section, kind, own, over_time(f, moved[best]) if best else {}, name)
+        _tensors(f, section, kind, own)
+    _unfinished(f, section, drawn)
     yield section
+
+
+def _movement(f: Found, section: Section, kind: str, own: Sequence[Result], last: Curves, name: str) -> None:
+    """Curves of each part of the model; ``last`` are those of the comparison with the checkpoint ``name``, if any."""
+    lines = over_time(f, own)
+    groups = [g for g in GROUPS if ("groups", g, "norm") in lines]
+    panels = [
+        Panel("Root mean square", _of_groups(lines, groups, "rms"), log=True),
+        Panel("Norm", _of_groups(lines, groups, "norm"), log=True),
+        Panel("Relative change", _of_groups(lines, groups, "update"), log=True),
+        Panel("Cosine to the previous one", _of_groups(lines, groups, "cosine_previous")),
+    ]
+    rows = [r for p, ps in lines.items() if p[-1] != "numbers" for r in _rows(".".join(p), ps)]
+    if last:
+        panels += [
+            Panel(f"Relative distance from {name}", _of_groups(last, groups, "distance")),
+            Panel(f"Cosine to {name}", _of_groups(last, groups, "cosine")),
+        ]
+        both = [p for p in last if p[-1] in ("distance", "cosine")]
+        rows += [r for p in both for r in _rows(f"{'.'.join(p)} to {name}", last[p])]
+    panels = [p for p in panels if p.lines]
+    if not panels:
+        return
+    update = lines.get(("update",), [])
+    says = f"The norm of all weights goes {_trend(lines['norm',])}" if ("norm",) in lines else "Weights"
+    says += f"; the relative change between neighbours {_trend(update)}." if update else "."
+    figure, of = f"{slug(kind)}-curves", "" if kind == "weights" else f" ({kind})"
+    section.figure(
+        figure, f"Size and movement of the weights, by part of the model{of}",
+        "Relative change: since the checkpoint before, the norm of the difference over the norm of what is "
+        "compared with; distance: the same, from the last.", says,
+        curves(figure, panels, f.axis, columns=3, height=2.4), _columns(f), rows,
+    )  # fmt: skip
 
 
 def _of_groups(lines: Curves, groups: Sequence[str], what: str) -> list[Line]:
@@ -391,7 +436,7 @@ def _of_groups(lines: Curves, groups: Sequence[str], what: str) -> list[Line]:
     return [_line(groups[n], points, n) for n, points in there]
 
 
-def _tensors(f: Found, section: Section, own: Sequence[Result]) -> None:
+def _tensors(f: Found, section: Section, kind: str, own: Sequence[Result]) -> None:
     """How much each tensor moved between neighbours, as a heat map of layers."""
     try:
         tables = [(r.checkpoint["name"], r.table("tensors").to_pylist()) for r in own if "update" in r.summary]
@@ -405,15 +450,20 @@ def _tensors(f: Found, section: Section, own: Sequence[Result]) -> None:
         for row in rows:
             if row.get("update") is not None:
                 values[row["tensor"]][name] = row["update"]
+    if not values:  # of nothing is there a finite one
+        return
     names = [name for name, _ in tables]
     tensors = sorted(values, key=_layer_order)
     matrix = [[_log(values[t].get(n)) for n in names] for t in tensors]
     least = min(((t, n, v) for t, by in values.items() for n, v in by.items()), key=lambda x: x[2])
     most = max(((t, n, v) for t, by in values.items() for n, v in by.items()), key=lambda x: x[2])
+    named = kind.removeprefix("weights")
+    figure = f"{slug(kind)}-tensors" if named else "tensors"
     section.figure(
-        "tensors", "Relative change of each tensor since the checkpoint before", "As a power of ten.",
+        figure, f"Relative change of each tensor since the checkpoint before{f' ({kind})' if named else ''}",
+        "As a power of ten.",
         f"The most is {most[2]:.3g}, of {most[0]} at {most[1]}; the least {least[2]:.3g}, of {least[0]} at {least[1]}.",
-        heat("tensors", matrix, tensors, names, title="log10 of the relative change", row_label="",
+        heat(figure, matrix, tensors, names, title="log10 of the relative change", row_label="",
              column_label="checkpoint", form=".1f"),
         ("tensor", *names), [(t, *(values[t].get(n) for n in names)) for t in tensors],
     )  # fmt: skip
@@ -436,6 +486,7 @@ def perplexity(f: Found) -> Iterator[Section]:
         for text in dict.fromkeys(key for r in found for key in r.summary):
             title = {"validation": "Validation data", "text": "Folder of texts"}.get(text, text.replace("_", " "))
             grouped(f, section, f"{kind}-{text}", found, f"{kind}: {title}", [(text,)])
+    _unfinished(f, section, f.family("perplexity"))
     yield section
 
 
@@ -447,4 +498,5 @@ def safety(f: Found) -> Iterator[Section]:
     for name, title in titles.items():
         for kind, found in f.family(name).items():
             grouped(f, section, kind, found, title)
+    _unfinished(f, section, [kind for name in titles for kind in f.family(name)])
     yield section

@@ -39,10 +39,11 @@ class Weights:
 
     def open(self, target: Target, note: Callable[[str], None]) -> list[Any]:
         """The studies. Raises UserError where there is no such checkpoint."""
-        entries = _entries(target)
+        series = Series(target.run, {})  # without those whose manifest is damaged, which a sweep leaves out
+        entries = series.entries()
         _drop_stale(target, entries, note)
         if self.to == "none":
-            return [Moved()]
+            return [Moved(series)]
         found = entries[-1:] if self.to == "last" else [e for e in entries if self.to in _names(e)]
         if len(found) != 1:
             named = ", ".join(e.manifest.name for e in entries[:3])
@@ -50,13 +51,15 @@ class Weights:
                 f"--to {self.to!r}: {len(found)} checkpoints of {target.run} are called so; give last, none, or one of "
                 f"{named}{', …' if len(entries) > 3 else ''}"
             )
-        return [Moved(), Compared(found[0])]
+        return [Moved(series), Compared(found[0])]
 
 
 @dataclass(frozen=True, eq=False)
 class Moved:
     """Each checkpoint by itself, and against the one before it in the series."""
 
+    series: Series
+    """Keeps the manifests that it has read, so that each is read once in a sweep."""
     kind = "weights"
     needs_weights = False
 
@@ -70,7 +73,7 @@ class Moved:
         Raises:
             RunError: a file is damaged, or the one before has other tensors.
         """
-        before = previous(subject.entry, _entries(subject.target))
+        before = previous(subject.entry, self.series.entries())
         rows = measure(subject.entry, before)
         named = {"update": "update", "cosine": "cosine_previous"} if before else {}
         return Scored({**_summary(rows, named), "previous": _named(before)}, {"tensors": _table(rows, named)})
@@ -223,11 +226,6 @@ def _table(rows: Mapping[str, Sums], named: Mapping[str, str]) -> pa.Table:
 
 def _named(entry: Entry | None) -> dict[str, str] | None:
     return {"name": entry.manifest.name, "digest": results.digest_of(entry)} if entry else None
-
-
-def _entries(target: Target) -> list[Entry]:
-    """The series, without those whose manifest is damaged, which a sweep leaves out."""
-    return Series(target.run, {}).entries()
 
 
 def _names(entry: Entry) -> set[str]:

@@ -3,15 +3,19 @@
 import csv
 import io
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import pyarrow as pa
 import pytest
 
-from analysis import figures, published, results
-from analysis.page import number, plain, slug
+from analysis import figures, published, report, report_studies, results
+from analysis.figures import Line, Mark, Panel
+from analysis.page import download, number, plain, slug
 from analysis.report import write
+from analysis.report_run import Found
 from analysis.report_studies import flatten
 from analysis.results import Scored
 from analysis.subject import Target
@@ -221,6 +225,164 @@ def test_damage_is_named_and_left_out(run_dir, tmp_path):
         assert text in page.said
 
 
+def _bare(run_dir, tmp_path):
+    """The run without results."""
+    return shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("results"))
+
+
+def _put(run, kind, summary, tables=None, settings=None, entries=slice(None)):
+    """The same result of each of these checkpoints; a summary or tables may be functions of their number."""
+    for n, entry in enumerate(Series(run).entries()[entries]):
+        scored = Scored(summary(n) if callable(summary) else summary, (tables or (lambda _: {}))(n))
+        results.write(run, kind, entry, settings or {"version": 1}, scored, "data=1", 1.0)
+
+
+def _section(build, run):
+    """A section, the text of it, and the run as the report found it."""
+    from run import families
+
+    found = Found(run, families())
+    (section,) = build(found)
+    return section, Page("".join(section.parts)), found
+
+
+def test_results_of_several_settings_are_named_first(run_dir, tmp_path):
+    run = _bare(run_dir, tmp_path)
+    _put(run, "unheard-of", {"a": 1.0}, settings={"version": 1, "length": 8, "seed": 1})
+    assert not _section(report_studies.others, run)[2].notices
+    _put(run, "unheard-of", {"a": 1.0}, settings={"version": 1, "length": 9, "shots": 1}, entries=slice(2, None))
+    _, page, said = _write(run, tmp_path / "out.html")
+    (line,) = said[:-1]
+    assert "unheard-of were made with 2 different settings (length, seed, shots)" in line
+    assert page.said.index(line) < page.said.index("Loss over tokens")
+
+
+def test_each_task_has_its_own_last_checkpoint_and_gaps_are_named(run_dir, tmp_path):
+    run = _bare(run_dir, tmp_path)
+    _put(run, "evaluate/arc_easy", {"acc": share(0.3)}, entries=slice(0, 2))
+    _put(run, "evaluate/boolq", {"acc": share(0.3)}, entries=slice(0, 2))
+    _put(run, "evaluate/piqa", lambda n: {"acc": share(0.5 - n / 100)})
+    _put(run, "evaluate/crows_pairs", lambda n: {"pct_stereotype": share(0.6 + n / 100)})
+    _, page, _ = _section(report_studies.evaluation, run)
+    rows = {r["task"]: r for r in page.rows("evaluation-scores-of-the-last-checkpoint.csv")}
+    assert {t: r["checkpoint"] for t, r in rows.items()} == {
+        "arc_easy": "000", "boolq": "000", "piqa": "002", "crows_pairs": "002"
+    }  # fmt: skip
+    assert (rows["piqa"]["best"], rows["piqa"]["at"]) == ("0.5", "init")
+    assert (rows["crows_pairs"]["best"], rows["crows_pairs"]["at"]) == ("", "")  # a half is best
+    assert "Each task at its last checkpoint" in page.said
+    assert "evaluate/arc_easy, evaluate/boolq: results of 2 of 4 checkpoints; none of 001, 002." in page.said
+    assert "evaluate/piqa:" not in page.said
+
+
+def test_weights_studied_under_a_name_are_there(run_dir, tmp_path):
+    run = _bare(run_dir, tmp_path)
+    for kind in ("weights", "weights-to/002"):
+        shutil.copytree(run_dir / "results" / kind, run / "results" / f"{kind}-x")
+    shutil.copytree(run_dir / "results/weights", run / "results/weights")
+    _, page, _ = _section(report_studies.weights, run)
+    assert [i for i in page.ids if not re.search("-[wn]-", i)] == [
+        "weights-curves",
+        "tensors",
+        "weights-x-curves",
+        "weights-x-tensors",
+    ]
+    assert "Cosine to 002" in page.said
+    there = {row["figure"].endswith("to 002") for row in page.rows("weights-x-curves.csv")}
+    assert there == {True, False}
+    shutil.rmtree(run / "results/weights")
+    result, page, _ = _write(run, tmp_path / "out.html")
+    assert "weights" in result["sections"]
+    assert "run.py analyze weights" not in page.said
+
+
+def test_weights_without_a_finite_change_are_no_crash(run_dir, tmp_path):
+    run = _bare(run_dir, tmp_path)
+    lost = {"norm": None, "update": None, "groups": {"head": {"norm": None, "update": None}}}
+    table = pa.Table.from_pylist([{"tensor": "head", "group": "head", "update": None}])
+    _put(run, "weights", lost, lambda _: {"tensors": table})
+    _, page, found = _section(report_studies.weights, run)
+    assert (page.ids, found.notices) == ([], [])
+
+
+def test_correlations_leave_out_what_the_report_left_out(run_dir, tmp_path):
+    run = _bare(run_dir, tmp_path)
+    sequences = {"chunk": [0, 0, 1], "position": [0, 1, 0]}
+    summary = json.loads((run_dir / "results/memorization/000.json").read_text())["summary"]
+    tables = lambda n: {"sequences": pa.table({**sequences, "matched": [n % 3, (n + 1) % 3, 2 - n % 2]})}  # noqa: E731
+    _put(run, "memorization", summary, tables, settings={"prompt": 8, "continuation": 2})
+    _put(run, "memorization-x", summary, tables, settings={"prompt": 8, "continuation": 2})
+    other = run / "results/memorization/001.json"
+    other.write_text(other.read_text().replace('"digest": "', '"digest": "of others '))
+    (run / "results/memorization-x/init.json").write_text("{")
+    _, page, found = _section(report_studies.memorization, run)
+    assert len(found.notices) == 2
+    names = lambda kind: [r["checkpoint"] for r in page.rows(f"{kind}-correlation-scores.csv")]  # noqa: E731
+    assert names("memorization") == ["init", "000", "002"]
+    assert names("memorization-x") == ["000", "001", "002"]
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [("resume", "still training, or killed"), ("guard", "stopped by its guard"), ("stop", "stopped, and can go on")],
+)
+def test_the_last_event_says_the_state(run_dir, tmp_path, event, said):
+    from run import families
+
+    run = _bare(run_dir, tmp_path)
+    assert report._lead(Found(run, families())).endswith("; finished.")
+    events = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    again = next(e for e in events if e["event"] == "resume")
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps({**again, "event": event}) + "\n")
+    assert report._lead(Found(run, families())).endswith(f"; {said}.")
+
+
+def test_names_are_no_formulas_in_figures():
+    bad = "x$_{$"
+    line = Line(bad, [1, 2], [1.0, 2000.0])
+    panels = [
+        Panel(bad, [line, Line("b", [1, 2], [1.0, 2.0])], bad, [Mark(1.5, bad)], log=log) for log in (True, False)
+    ]
+    heat = figures.heat("h", [[1.0, 2.0]], [bad], [bad, "b"], title=bad, row_label=bad, column_label=bad)
+    for drawn in (figures.curves("c", panels, bad), heat, figures.bars("b", [bad], [1.0], bad, bad)):
+        for text in (drawn.wide, drawn.narrow):
+            assert text.count(bad) >= 3
+            assert "mathdefault" not in text
+
+
+def test_ticks_have_the_digits_that_their_distance_asks_for():
+    assert figures.ticks([0.9975, 1.0, 1.0025]) == ["0.9975", "1", "1.0025"]
+    assert figures.ticks([1.25e12, 1.2502e12, 1.2504e12]) == ["1.25T", "1.2502T", "1.2504T"]
+    assert figures.ticks([0, 5e8, 1e9]) == ["0", "500M", "1B"]
+    assert figures.ticks([-1e-17, 0.1, 0.2, 0.1 + 0.2]) == ["0", "0.1", "0.2", "0.3"]
+    assert figures.ticks([1e-5, 1e-3, 10.0]) == ["1e-05", "0.001", "10"]
+    assert figures.ticks([7.0]) == ["7"]
+    assert figures.ticks([]) == []
+    x = [1_250_000_000_000 + n * 100_000_000 for n in range(5)]
+    drawn = figures.curves("c", [Panel("", [Line("", x, [0.99991, 0.99992, 0.99993, 0.99994, 0.99995])])] * 3, "", 3)
+    shown = [s for s in re.findall(r">([^<>]*)</text>", drawn.wide) if s]
+    assert all(shown.count(s) == 3 for s in shown), shown  # in each of the three panels
+    assert len(set(shown)) > 6
+
+
+def test_downloads_are_exact_and_no_formulas():
+    tokens = 1_258_448_486_401
+    assert [plain(v) for v in (tokens, float(tokens), 1 / 3)] == [tokens, float(tokens), 0.333333333]
+    rows = figures.thin([tokens + n for n in range(1001)], [0.5] * 1001, 100)
+    assert all(isinstance(r[0], int) for r in rows)
+    assert figures.thin([tokens], [0.5])[0][0] == tokens
+    assert list(flatten({"tokens": tokens})) == [(("tokens",), tokens, None, None)]
+    assert [str(plain(value)) for _, value, _, _ in flatten({"tokens": tokens})] == [str(tokens)]
+    bad = ["=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1", "a\r=1"]
+    link = download("x", [*bad], [bad, [-1.5] * len(bad)])
+    text = unquote(link.partition(",")[2].partition('"')[0])
+    head, row, numbers = csv.reader(io.StringIO(text, newline=""))
+    assert head == row == [f"'{v}" for v in bad[:-1]] + bad[-1:]
+    assert numbers == ["-1.5"] * len(bad)
+    assert '"a\r=1"' in text  # else a spreadsheet begins a row there
+
+
 def test_the_same_run_gives_the_same_bytes(run_dir, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(run_dir, run, ignore=shutil.ignore_patterns("results"))
@@ -248,6 +410,8 @@ def test_published_figures_are_those_of_the_fact_sheet():
     assert arc.tokens[0] == 3_495_690_240
     assert arc.tokens[-1] == 1_258_448_486_400
     assert published.curve("humaneval") is None
+    assert published.curve("amber-arc_challenge") is None  # of no other names than the listed ones
+    assert "pile" not in published.FILE.read_text().lower()  # only what is drawn
     assert "W&B" in published.sources()["source"]
 
 
@@ -274,7 +438,7 @@ def test_figures_and_cells_as_text():
     assert [number(v) for v in (1234567, 0.00001, None, True, 0.25, float("nan"))] == [
         "1,234,567", "1.000e-05", "–", "yes", "0.25", "–"
     ]  # fmt: skip
-    assert [plain(v) for v in ("=1+1", None, 1 / 3, 7)] == ["'=1+1", "", 0.3333333, 7]
+    assert [plain(v) for v in ("=1+1", None, 1 / 3, 7)] == ["'=1+1", "", 0.333333333, 7]
     assert [figures.short(v) for v in (0, 3495690240, 1.25e12, 999_999, 0.0004)] == [
         "0",
         "3.5B",

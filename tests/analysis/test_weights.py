@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from analysis import results, weights
-from analysis.subject import Target
+from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from analysis.weights import Sums, Weights, group_of, measure
+from checkpoint.manifest import Manifest
 from checkpoint.series import Series, SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint.tiny_run import manifest, mesh, place, save, state
@@ -121,6 +122,18 @@ def test_a_longer_series_keeps_results_and_has_a_new_last(run, tmp_path):
         "weights-to/002/000.json", "weights-to/002/001.json", "weights-to/002/002.json", "weights-to/002/init.json",
         "weights/002.json",
     ]  # fmt: skip
+
+
+def test_manifests_are_read_once_in_a_sweep(run, tmp_path, monkeypatch):
+    run, read = _copy(run, tmp_path), []
+    parse = Manifest.from_json
+    monkeypatch.setattr(Manifest, "from_json", lambda text, where="": read.append(where) or parse(text, where))
+    (study,) = Weights("none").open(_target(run), print)
+    entries = study.series.entries()
+    read.clear()
+    for entry in entries:
+        study.score(Subject(_target(run), entry, None))
+    assert not read
 
 
 def test_a_filled_gap_is_noticed(run, tmp_path):
