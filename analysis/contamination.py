@@ -14,6 +14,7 @@ that was killed goes on, and later checkpoints cost nothing.
 import hashlib
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 from analysis import results
 from analysis.results import Result, Scored
 from analysis.subject import Subject, Target
+from checkpoint.manifest import Entry
 from data.chunks import written
 from data.engines import Local, Task, run_all
 from data.folder import share, shared
@@ -38,15 +40,16 @@ from data.loader import ChunkedData
 from data.sources import SourceSpec, read
 from data.tokenizer import Tokenizer
 from errors import RunError, UserError
-from training.trace import RunTracer
 
 KIND = "contamination"
-VERSION = 1
+VERSION = 2  # of what a result holds
+_SCAN = 1  # of what is kept of a scan
 _PART, _ROW, _DROPPED, _SPACE = 0, 1, 2, 32  # characters that end a document, end a row, are no character, end a word
 _AT_ONCE = 1 << 18  # characters, about: more do not fit into a processor's cache
 _FACTOR = 0x9E3779B97F4A7C15  # odd: has an inverse modulo 2**64
 _NEVER = np.iinfo(np.int64).max
 _TENTHS = 10
+_NO_TABLE = "its results have no table of items"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Contamination:
         """Scan the data, or what is left of it, and return the one study.
 
         Raises:
-            UserError: no items, data that is synthetic, published files that were not converted, or not the run's.
+            UserError: no items; a run that was not trained here; data that is synthetic, published files that were not
+                converted, or not the run's.
             RunError: a damaged data file, a full disk, a lost worker.
         """
         tracer = target.tracer
@@ -95,11 +99,13 @@ class Contamination:
         tokenizer = found_in.tokenizer or target.tokenizer
         items = self._read(note)
         grams = Grams.of([item.text for item in items], self.n, self.shortest)
-        digest = _digest([VERSION, found_in.data.sha256, tokenizer.sha256, self.n, self.shortest, items])
+        digest = _digest([_SCAN, found_in.data.sha256, tokenizer.sha256, self.n, self.shortest, items])
         folder = results.folder(target.run, KIND) / f"scan-{digest[:16]}"
         pieces = token_pieces(tokenizer, found_in.data.vocab_size)
         hits, scanned = scan(found_in.data, grams, pieces, folder, self.workers, note)
-        return [Overlaps(self, target, items, tokenizer.sha256, Readings(target, tracer, grams, hits), scanned)]
+        study = Overlaps(self, target, items, tokenizer.sha256, Readings(target, grams, hits), scanned)
+        study.drop_stale(target, note)
+        return [study]
 
     def _read(self, note: Callable[[str], None]) -> list["Item"]:
         items: list[Item] = []
@@ -502,16 +508,15 @@ class Readings:
 
     Args:
         target: the run.
-        tracer: its tracer.
         grams: what was looked for.
         hits: what was found.
     """
 
-    def __init__(self, target: Target, tracer: RunTracer, grams: Grams, hits: Hits):
-        self.grams, self._tracer = grams, tracer
+    def __init__(self, target: Target, grams: Grams, hits: Hits):
+        self.grams, self._tracer = grams, target.tracer
         samples, sample = np.unique(np.stack([hits.chunk, hits.position]), axis=1, return_inverse=True)
         self._samples = samples.T
-        steps = [self._steps(target, int(c), int(p)) for c, p in self._samples]
+        steps = [[step for step, _ in target.readers(int(c), int(p))] for c, p in self._samples]
         first = np.array([min(s, default=_NEVER) for s in steps], np.int64)
         read_first = np.full(len(grams.at), _NEVER)
         np.minimum.at(read_first, hits.gram, first[sample])
@@ -535,14 +540,6 @@ class Readings:
         at = (ends - counts)[held[1][again]] + within
         self.steps = np.unique(np.stack([held[0][again], flat[at]]), axis=1)
         """int64 [2, …]: (item, step that read some of it)."""
-
-    def _steps(self, target: Target, chunk: int, position: int) -> list[int]:
-        """Steps that read a sample of the data set and were applied."""
-        assert self._tracer.schedule is not None  # it is a run's
-        mixed = self._tracer.mixed
-        places = mixed.places(chunk, position) if mixed else [(chunk, position)]
-        read = [found[0] for place in places if (found := self._tracer.schedule.reader(*place))]
-        return [step for step in read if target.record.skipped(step) == step]
 
     def examples(self) -> dict[int, tuple[int, int, str | None]]:
         """Of each item found: (chunk, position, document) that was read first, as `trace` has them."""
@@ -612,12 +609,52 @@ class Overlaps:
             "data": (tracer.mixed or tracer.data).sha256,
             "tokenizer": tokenizer_sha256,
             "items": {task: _digest([i for i in items if i.task == task]) for task in self._tasks},
-            "evaluations": {task: _evaluated(target.run, task) for task in self._tasks},
+            "skipped": [[skip.step, skip.until] for skip in target.record.skips],
         }
 
     def settings(self) -> Mapping[str, Any]:
-        """Data, items, n, and with what settings the tasks were evaluated (None: not, so that no scores are given)."""
+        """Data, items, n, and the steps that the guard skipped.
+
+        With what settings a task was evaluated, a result says itself: see `drop_stale`.
+        """
         return self._settings
+
+    def drop_stale(self, target: Target, note: Callable[[str], None]) -> None:
+        """Remove results that this study would keep but that are no longer true, so that a sweep makes them anew.
+
+        Such are those of whose tasks one has been evaluated, or evaluated otherwise, since, and those that name
+        another first checkpoint than a series that has grown has now.
+
+        Raises:
+            RunError: a result cannot be read.
+        """
+        for task in self._tasks:
+            found = results.of_kind(self._run, f"evaluate/{task}")
+            if found and not any(results.table_path(r.path, "items").exists() for r in found):
+                note(f"{task}: {_NO_TABLE}, so that there are no scores with and without what was seen")
+        kinds = [k for k in results.kinds(self._run) if re.fullmatch(f"{KIND}(-[A-Za-z0-9_.]+)?", k)]
+        now = results.settings_sha256(self._settings)
+        own = [r for k in kinds for r in results.of_kind(self._run, k) if results.settings_sha256(r.settings) == now]
+        chosen = {e.manifest.name: e for e in target.series.resolve(target.selector)} if own else {}
+        for result in own:
+            entry = chosen.get(result.path.stem)
+            if entry and (why := self._stale(result, entry)):
+                note(f"{result.path}: {why}; made anew")
+                for path in (result.path, results.table_path(result.path, "items")):
+                    path.unlink(missing_ok=True)
+
+    def _stale(self, result: Result, entry: Entry) -> str | None:
+        """Why a result is no longer true, None if it is."""
+        for task in self._tasks:
+            evaluated = _evaluated(self._run, task, entry)
+            if result.summary["tasks"][task]["evaluation"] != _settings_of(evaluated):
+                return f"{task} has been evaluated since" if evaluated else f"{task} is not evaluated any more"
+        try:
+            table = result.table("items")
+        except RunError as error:
+            return str(error)
+        after = [None if step is None else self._checkpoint_after(step) for step in table["first_step"].to_pylist()]
+        return None if table["first_checkpoint"].to_pylist() == after else "the series has other checkpoints now"
 
     def score(self, subject: Subject) -> Scored:
         """Say what a checkpoint had seen.
@@ -625,8 +662,9 @@ class Overlaps:
         Summary, of each task: items; testable, too_short; contaminated, by a batch that the run reads at any step;
         unread, in the data but in no batch that the run reads; seen, by this checkpoint; seen_share, of the testable;
         shares, counts of the seen items by tenths of their n-grams seen (0-0.1, …, 0.9-1); scores, for each metric of
-        the checkpoint's own ``evaluate/TASK`` "all", "without_seen" and "only_seen" items, value, stderr and n each.
-        Items that are too short count as not seen.
+        the checkpoint's own ``evaluate/TASK`` "all", "without_seen" and "only_seen" items, value, stderr and n each;
+        scores_missing, why there are none, or None; evaluation, the SHA-256 of the settings of that ``evaluate/TASK``
+        (None: not evaluated). Items that are too short count as not seen.
 
         Table ``items``: items of which something is in the data: task, doc_hash, ngrams, found (seen by this
         checkpoint), found_in_run, share (of its n-grams seen), seen, first_step (that made it contaminated; null:
@@ -646,7 +684,8 @@ class Overlaps:
         for task in self._tasks:
             of_task = self._task == task
             testable = int((self._ngrams[of_task] > 0).sum())
-            hashes = {self._items[i].doc_hash for i in np.flatnonzero(of_task & seen)}
+            evaluated = _evaluated(self._run, task, subject.entry)
+            scores, missing = self._scores(evaluated, of_task, seen)
             tasks[task] = {
                 "items": int(of_task.sum()),
                 "testable": testable,
@@ -656,7 +695,9 @@ class Overlaps:
                 "seen": int((of_task & seen).sum()),
                 "seen_share": int((of_task & seen).sum()) / testable if testable else None,
                 "shares": np.histogram(share[of_task & seen], _TENTHS, (0, 1))[0].tolist(),
-                "scores": self._scores(subject, task, hashes),
+                "scores": scores,
+                "scores_missing": missing,
+                "evaluation": _settings_of(evaluated),
             }
         summary = {"n": self._asked.n, "step": m.step, "scanned": self._scanned, "tasks": tasks}
         return Scored(summary, {"items": self._table(m.step, found, share, seen)})
@@ -690,18 +731,27 @@ class Overlaps:
     def _checkpoint_after(self, step: int) -> str | None:
         return next((e.manifest.name for e in self._entries if e.manifest.step > step), None) if step >= 0 else None
 
-    def _scores(self, subject: Subject, task: str, seen: set[str]) -> dict[str, Any]:
-        result = results.read(results.folder(self._run, f"evaluate/{task}") / f"{subject.entry.manifest.name}.json")
-        if result is None or result.checkpoint["digest"] != results.digest_of(subject.entry):
-            return {}
-        table = result.table("items")
-        tainted = np.array([h in seen for h in table["doc_hash"].to_pylist()], bool)
+    def _scores(
+        self, evaluated: Result | None, of_task: np.ndarray, seen: np.ndarray
+    ) -> tuple[dict[str, Any], str | None]:
+        """Scores, and if there are none, why."""
+        if evaluated is None:
+            return {}, "the checkpoint has no results of the task"
+        if not results.table_path(evaluated.path, "items").exists():
+            return {}, _NO_TABLE
+        table = evaluated.table("items")
+        known_items = {self._items[i].doc_hash for i in np.flatnonzero(of_task)}
+        seen_items = {self._items[i].doc_hash for i in np.flatnonzero(of_task & seen)}
+        hashes = table["doc_hash"].to_pylist()
+        if others := sum(h not in known_items for h in hashes):
+            return {}, f"{others} of the {len(hashes)} items that were evaluated are not those that were looked for"
+        tainted = np.array([h in seen_items for h in hashes], bool)
         scores = {}
-        for name, values in _metrics(result, table):
+        for name, values in _metrics(evaluated, table):
             known = np.isfinite(values)
             groups = {"all": known, "without_seen": known & ~tainted, "only_seen": known & tainted}
             scores[name] = {group: estimate(values[chosen]) for group, chosen in groups.items()}
-        return scores
+        return scores, None if scores else "the results of the task have no metric that is a mean over items"
 
 
 def estimate(values: np.ndarray) -> dict[str, Any]:
@@ -725,10 +775,14 @@ def _metrics(result: Result, table: pa.Table) -> Iterator[tuple[str, np.ndarray]
                 yield name, values
 
 
-def _evaluated(run: Path, task: str) -> list[str] | None:
-    """Hashes of the settings of the results of a task."""
-    found = results.of_kind(run, f"evaluate/{task}")
-    return sorted({results.settings_sha256(r.settings) for r in found}) or None
+def _evaluated(run: Path, task: str, entry: Entry) -> Result | None:
+    """A checkpoint's own result of a task."""
+    found = results.read(results.folder(run, f"evaluate/{task}") / f"{entry.manifest.name}.json")
+    return found if found and found.checkpoint["digest"] == results.digest_of(entry) else None
+
+
+def _settings_of(evaluated: Result | None) -> str | None:
+    return None if evaluated is None else results.settings_sha256(evaluated.settings)
 
 
 def _digest(value: Any) -> str:

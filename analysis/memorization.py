@@ -8,7 +8,13 @@ so up to there, and at the mismatch itself, it has read what the pass reads. Hen
 mismatch, k-extractability, and the whole score of each sequence that has no mismatch or only one at the last token.
 After an earlier mismatch the model goes on from its own token: only for those sequences l tokens are generated, all l,
 whether `</s>` is among them or not. The two agree up to the first mismatch but for near-ties, where another batch shape
-rounds the other way: each of those is counted (``ties`` in the summary), and the generated tokens are what counts.
+rounds the other way: each of those is counted (``ties`` in the summary), and the generated tokens are what counts. So
+ties are known only of sequences that are generated: where the pass shows no mismatch, or one at the last token alone,
+nothing is generated that could differ.
+
+A checkpoint has seen a sequence of a run that was trained here if a step before the checkpoint read it, wherever the
+run has it, and the guard did not skip that step. Of published rows and imported checkpoints the chunk's number says it,
+if it is known.
 """
 
 import hashlib
@@ -19,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +34,7 @@ from analysis import results
 from analysis.results import Result, Scored
 from analysis.subject import Subject, Target
 from analysis.sweep import Study
+from checkpoint.manifest import Manifest
 from data.loader import ChunkedData
 from data.mixed import MixedData
 from data.published import JsonlRows, PublishedAmber, PublishedCrystal
@@ -38,9 +45,10 @@ from inference.forward import batch_ways
 from inference.generate import Sampling, generate
 
 KIND = "memorization"
-_VERSION = 1  # of what a result holds
+_VERSION = 2  # of what a result holds
 _BATCH_TOKENS = 16384  # positions scored, or in caches, at a time, about
 _NEVER = -1  # an end token that no model generates
+_UNKNOWN = -1  # number of the chunk of rows whose file does not say it
 _FILE = re.compile(r"train_(\d+)\.jsonl")
 
 
@@ -53,15 +61,16 @@ class Memorization:
     continuation: int = 32
     """l: tokens after them, which are compared with what the model generates."""
     chunks: str = "all"
-    """Chunks of the data to look at: all, seen (of each checkpoint those that it has read), a number, or a Python slice
-    of their list, such as 0:360:36."""
+    """Chunks of the data to look at: all, seen (of each checkpoint the sequences that it has read), a number, or a
+    Python slice of their list, such as 0:360:36."""
     sequences: int = 1000
     """Most sequences of a chunk: drawn by seed and chunk, the same for every checkpoint."""
     seed: int = 0
     """Of the drawing. 0 draws from raw published rows the sequences of LLM360's paper."""
     rows: Path | None = None
     """Published rows instead of the run's data: train_000.jsonl, or a folder of such files (a file's number is that of
-    its chunk), with token_ids or with prompt and continuation in each line."""
+    its chunk; one file of another name is of no known chunk), with token_ids or with prompt and continuation in each
+    line."""
     story: str | None = None
     """CHUNK:POSITION: score nothing; tell from the results when that sequence was learned and forgotten, and its
     documents."""
@@ -74,7 +83,7 @@ class Memorization:
                 raise UserError(f"memorization: {name}={getattr(self, name)} must be at least 1")
         if self.follow < 0:
             raise UserError(f"memorization: follow={self.follow} must be at least 0")
-        if self.story is not None and not re.fullmatch(r"\d+:\d+", self.story):
+        if self.story is not None and not re.fullmatch(r"(\d+|-1):\d+", self.story):
             raise UserError(f"memorization: --story {self.story!r}: write CHUNK:POSITION, as in the results, e.g. 3:17")
         _chosen(self.chunks, [])
 
@@ -126,6 +135,10 @@ class Sequences(NamedTuple):
     """int32 [n, k+l]."""
     sources: list[str]
 
+    def only(self, chosen: np.ndarray) -> "Sequences":
+        """Those at which bool [n] is true."""
+        return Sequences(self.positions[chosen], self.tokens[chosen], [s for s, c in zip(self.sources, chosen) if c])
+
 
 def sample(settings: Memorization, chunk: int, count: int, whole: bool) -> list[int]:
     """Which of a chunk's ``count`` sequences are looked at, sorted.
@@ -150,7 +163,7 @@ class RunChunks:
     """
 
     def __init__(self, target: Target, settings: Memorization):
-        self._settings = settings
+        self._settings, self._target = settings, target
         self.data: Any = _data(target)
         if self.data.vocab_size > target.model.vocab_size:
             raise UserError(
@@ -167,6 +180,7 @@ class RunChunks:
         }
         self.chunks = _chosen(settings.chunks, list(self._counts))
         self._kept: dict[int, Sequences] = {}
+        self._first: dict[int, np.ndarray] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -181,11 +195,24 @@ class RunChunks:
     def read(self, chunk: int) -> Sequences:
         """The sequences of a chunk, read once. RunError: corrupt or missing files."""
         if chunk not in self._kept:
-            positions = sample(self._settings, chunk, self._counts[chunk], whole=False)
+            positions = self._positions(chunk)
             tokens = [self.data.sample(chunk, p).tokens[: self._settings.length] for p in positions]
             sources = _sources(self.data, self._tracer, chunk, positions)
             self._kept[chunk] = Sequences(np.array(positions), np.stack(tokens), sources)
         return self._kept[chunk]
+
+    def seen(self, chunk: int, manifest: Manifest) -> np.ndarray | None:
+        """bool [n]: which sequences of a chunk a checkpoint has read; None: not known."""
+        positions = self._positions(chunk)
+        if manifest.origin is not None or not self._target.trained:
+            return _seen_chunk(chunk, manifest, len(positions))
+        if chunk not in self._first:
+            read = [_readers(self._target, chunk, p) for p in positions]
+            self._first[chunk] = np.array([r[0][0] if r else np.iinfo(np.int64).max for r in read])
+        return self._first[chunk] < manifest.step
+
+    def _positions(self, chunk: int) -> list[int]:
+        return sample(self._settings, chunk, self._counts[chunk], whole=False)
 
     @cached_property
     def _tracer(self) -> Tracer | None:
@@ -197,12 +224,16 @@ class RowFiles:
     """Published rows: LLM360's raw chunks, or the prompts and continuations that Analysis360 made of them.
 
     Raises:
-        UserError: no such files, no known form, lines that are too short.
+        UserError: no such files, no known form, lines that are too short; "seen" of a file of no known chunk.
         RunError: a file cannot be read, or a line is damaged.
     """
 
     def __init__(self, path: Path, vocab_size: int, settings: Memorization):
         files = _row_files(path)
+        if settings.chunks == "seen" and _UNKNOWN in files:
+            raise UserError(
+                f"{path}: --chunks seen needs the chunk's number in the file's name, such as train_003.jsonl"
+            )
         self.chunks = _chosen(settings.chunks, sorted(files))
         self._kept = {c: _read_rows(files[c], c, vocab_size, settings) for c in self.chunks}
 
@@ -223,6 +254,10 @@ class RowFiles:
     def read(self, chunk: int) -> Sequences:
         """The sequences of a chunk."""
         return self._kept[chunk]
+
+    def seen(self, chunk: int, manifest: Manifest) -> np.ndarray | None:
+        """bool [n]: which sequences of a chunk a checkpoint has read; None: not known."""
+        return _seen_chunk(chunk, manifest, len(self._kept[chunk].positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,16 +291,20 @@ class MemorizationStudy:
             RunError: data that cannot be read, weights that are no use; "seen" of a checkpoint that does not know.
         """
         manifest = subject.entry.manifest
-        chunks = self.grid.chunks
-        if self.asked.chunks == "seen":
-            if manifest.chunk is None and manifest.origin is not None:
+        seen = {c: self.grid.seen(c, manifest) for c in self.grid.chunks}
+        found: dict[int, Sequences] = {}
+        for chunk, read in seen.items():
+            if self.asked.chunks != "seen":
+                found[chunk] = self.grid.read(chunk)
+                continue
+            if read is None:
                 raise RunError("imported without its place in the training data: --chunks seen is not known, give all")
-            chunks = [c for c in chunks if manifest.chunk is not None and c <= manifest.chunk]
-        found = {c: self.grid.read(c) for c in chunks}
+            if read.any():
+                found[chunk], seen[chunk] = self.grid.read(chunk).only(read), read[read]
         length = self.asked.length
         tokens = np.concatenate([np.empty((0, length), np.int32), *(f.tokens for f in found.values())])
         matches, logprobs, ties = match(subject, tokens, self.asked.prompt, self.grid.most)
-        table = _table(found, matches, logprobs)
+        table = _table(found, seen, matches, logprobs)
         return Scored(summarize(table, self.asked, manifest.chunk, ties), {"sequences": table})
 
 
@@ -279,7 +318,8 @@ def match(subject: Subject, tokens: np.ndarray, prompt: int, most: int = 0) -> t
 
     Returns:
         bool [n, l]: where the greedy continuation has the sequence's own token; float32 [n]: log-probability of the
-        sequence's continuation; the number of sequences of which pass and generation see another first mismatch.
+        sequence's continuation; the number of generated sequences of which pass and generation see another first
+        mismatch.
 
     Raises:
         RunError: the model gives numbers that are not finite.
@@ -319,7 +359,10 @@ def _first_mismatch(matches: np.ndarray) -> np.ndarray:
     return np.where(matches.all(axis=1), matches.shape[1], np.argmin(matches, axis=1))
 
 
-def _table(found: dict[int, Sequences], matches: np.ndarray, logprobs: np.ndarray) -> pa.Table:
+def _table(
+    found: dict[int, Sequences], seen: dict[int, np.ndarray | None], matches: np.ndarray, logprobs: np.ndarray
+) -> pa.Table:
+    read = [pa.nulls(len(f.positions), pa.bool_()) if seen[c] is None else pa.array(seen[c]) for c, f in found.items()]
     chunks = np.repeat(np.array(list(found), np.int32), [len(f.positions) for f in found.values()])
     positions = np.concatenate([np.empty(0, np.int64), *(f.positions for f in found.values())])
     bits = np.packbits(matches, axis=1, bitorder="little")
@@ -329,6 +372,7 @@ def _table(found: dict[int, Sequences], matches: np.ndarray, logprobs: np.ndarra
             "chunk": pa.array(chunks, pa.int32()),
             "position": pa.array(positions, pa.int64()),
             "source": pa.array([s for f in found.values() for s in f.sources], pa.string()).dictionary_encode(),
+            "seen": pa.chunked_array(read, pa.bool_()),
             "matched": pa.array(matches.sum(axis=1).astype(np.int32)),
             "extractable": pa.array(matches.all(axis=1)),
             "first_mismatch": pa.array(_first_mismatch(matches).astype(np.int32)),
@@ -349,9 +393,10 @@ def summarize(table: pa.Table, asked: Memorization, latest: int | None, ties: in
     """The figures of a checkpoint's table.
 
     Returns:
-        ``score`` and ``extractable`` over all sequences, under ``seen`` and ``unseen`` chunks and by source in
-        ``by_source``; lists in ``by_chunk``; ``histogram``: sequences by number of matched tokens, 0 … l;
-        ``latest_chunk``: the last that the checkpoint had read (None: none, or not known); ``ties``: see `match`.
+        ``score`` and ``extractable`` over all sequences, over those that the checkpoint had ``seen`` and those
+        ``unseen`` (one of which it is not known is in neither), and by source in ``by_source``; lists in ``by_chunk``;
+        ``histogram``: sequences by number of matched tokens, 0 … l; ``latest_chunk``: the last that the checkpoint had
+        read (None: none, or not known); ``ties``: see `match`.
     """
     chunk, matched = table["chunk"].to_numpy(), table["matched"].to_numpy()
     source = np.array(table["source"].to_pylist(), object)
@@ -362,14 +407,14 @@ def summarize(table: pa.Table, asked: Memorization, latest: int | None, ties: in
 
     by_chunk = {int(c): figures(chunk == c) for c in np.unique(chunk)}
     column = lambda name, part: [f[name][part] for f in by_chunk.values()]  # noqa: E731
-    read = chunk <= (-1 if latest is None else latest)
+    seen = np.array(table["seen"].to_pylist(), object)  # None: not known
     return {
         "prompt": asked.prompt,
         "continuation": asked.continuation,
         "latest_chunk": latest,
         **figures(slice(None)),
-        "seen": figures(read),
-        "unseen": figures(~read),
+        "seen": figures(seen == True),  # noqa: E712, of each
+        "unseen": figures(seen == False),  # noqa: E712
         "by_chunk": {
             "chunk": list(by_chunk),
             "n": column("score", "n"),
@@ -404,15 +449,15 @@ class History:
 
     run: Path
     kind: str = KIND
-    results: list[Result] = field(init=False)
-    """In the order of training."""
+    results: list[Result] = field(default_factory=list)
+    """In the order of training; all that the run has, where none are given."""
     keys: np.ndarray = field(init=False)
     """int64 [m, 2]: chunk and position, sorted."""
     matched: np.ndarray = field(init=False)
     """int16 [checkpoints, m]: matched tokens; -1 where a checkpoint was not asked."""
 
     def __post_init__(self) -> None:
-        self.results = results.of_kind(self.run, self.kind)
+        self.results = self.results or results.of_kind(self.run, self.kind)
         if not self.results:
             raise UserError(f"{self.run}: has no results of {self.kind}; make them first with analyze")
         tables = [r.table("sequences").select(["chunk", "position", "matched"]) for r in self.results]
@@ -451,12 +496,13 @@ class History:
         return [(int(c), int(p)) for (c, p), d in zip(self.keys[order], change[order]) if d]
 
 
-def correlations(run: Path, kind: str = KIND) -> dict[str, Any]:
+def correlations(run: Path, kind: str = KIND, found: Sequence[Result] = ()) -> dict[str, Any]:
     """Pearson's correlation between checkpoints, over the sequences that both were asked.
 
     Args:
         run: run directory.
         kind: of the results.
+        found: those to compare, in the order of training; all that the run has, where none are given.
 
     Returns:
         ``names`` of the n checkpoints in the order of training, and matrices [n][n]: ``scores``, ``extractable``
@@ -466,7 +512,7 @@ def correlations(run: Path, kind: str = KIND) -> dict[str, Any]:
         UserError: there are no results.
         RunError: a result cannot be read.
     """
-    history = History(run, kind)
+    history = History(run, kind, list(found))
     asked = (history.matched >= 0).astype(np.float64)
     scores = np.where(history.matched >= 0, history.matched, 0) / history.continuations
     extractable = (history.matched == history.continuations).astype(np.float64)
@@ -502,10 +548,10 @@ def story(
         history: of that kind, if it was read already.
 
     Returns:
-        ``step`` and ``row`` that read it (None: none of the run, or not known), the ``first_checkpoint`` after that
-        step, ``documents`` of the part that was scored (as `training.trace.RunTracer` has them), of each checkpoint
-        the ``matched`` tokens, and the names of the checkpoints where it was ``learned`` (extractable for the first
-        time) and ``forgotten`` (no longer, for the first time after that).
+        ``step`` and ``row`` that read it first (None: none of the run, or not known), all ``steps`` that did, the
+        ``first_checkpoint`` after the first, ``documents`` of the part that was scored (as `training.trace.RunTracer`
+        has them), of each checkpoint the ``matched`` tokens, and the names of the checkpoints where it was ``learned``
+        (extractable for the first time) and ``forgotten`` (no longer, for the first time after that).
 
     Raises:
         UserError: there are no results, or they do not have the sequence.
@@ -530,7 +576,7 @@ def story(
     forgotten = next((n for n in range(learned, len(can)) if not can[n]), None) if learned is not None else None
     settings = history.results[-1].settings
     read: dict[str, Any] = {}
-    if "data" in settings and (target.run / "ledger.jsonl").exists():
+    if "data" in settings and target.trained:
         read = _reading(target, chunk, position)
     length = settings["prompt"] + settings["continuation"]
     return {
@@ -538,6 +584,7 @@ def story(
         "position": position,
         "step": read.get("step"),
         "row": read.get("row"),
+        "steps": read.get("steps", []),
         "first_checkpoint": read.get("first_checkpoint"),
         "documents": [d for d in read.get("documents", []) if d["tokens"][0] < length],
         "checkpoints": checkpoints,
@@ -550,6 +597,7 @@ def story(
 def story_lines(told: dict[str, Any], width: int = 100) -> list[str]:
     """A story as a person reads it."""
     read = "read by no known step" if told["step"] is None else f"step {told['step']} row {told['row']}"
+    read += f", again at {', '.join(map(str, told['steps'][1:]))}" if told["steps"][1:] else ""
     after = f", first checkpoint after it {told['first_checkpoint']}" if told["first_checkpoint"] else ""
     learned = f"extractable first at {told['learned']}" if told["learned"] else "never extractable"
     forgotten = f", no longer at {told['forgotten']}" if told["forgotten"] else ""
@@ -564,13 +612,31 @@ def story_lines(told: dict[str, Any], width: int = 100) -> list[str]:
 
 
 def _reading(target: Target, chunk: int, position: int) -> dict[str, Any]:
-    """The step that reads a sample of the run, and its documents."""
-    tracer = target.tracer
-    assert tracer.schedule is not None  # it is a run
-    if found := tracer.schedule.reader(chunk, position):
-        return tracer.step(*found)[0]
-    origin = tracer.mixed.origin(chunk, position) if tracer.mixed else (chunk, position)
-    return {**tracer.sample(*origin)[0], "step": None, "row": None, "first_checkpoint": None}
+    """The steps that read a sample of the run, and its documents."""
+    if found := _readers(target, chunk, position):
+        return {**target.tracer.step(*found[0])[0], "steps": list(dict.fromkeys(step for step, _ in found))}
+    (sample, *_) = target.tracer.sample(*_origin(target, chunk, position))
+    return {**sample, "step": None, "row": None, "first_checkpoint": None}
+
+
+def _readers(target: Target, chunk: int, position: int) -> list[tuple[int, int]]:
+    """Each (step, row) that read what a run has at a place, wherever else it has the same sample: `Target.readers`."""
+    return target.readers(*_origin(target, chunk, position))
+
+
+def _origin(target: Target, chunk: int, position: int) -> tuple[int, int]:
+    """Where in the data set a sample of the run is."""
+    mixed = target.tracer.mixed
+    return mixed.origin(chunk, position) if mixed else (chunk, position)
+
+
+def _seen_chunk(chunk: int, manifest: Manifest, count: int) -> np.ndarray | None:
+    """bool [count]: whether a checkpoint has read a chunk, by its number; None: one of the two is not known."""
+    if chunk == _UNKNOWN:
+        return None
+    if manifest.index == -1 and manifest.step == 0:
+        return np.zeros(count, bool)
+    return None if manifest.chunk is None else np.full(count, chunk <= manifest.chunk)
 
 
 # ---- where sequences come from ---------------------------------------------------------------------------------------
@@ -578,7 +644,7 @@ def _reading(target: Target, chunk: int, position: int) -> dict[str, Any]:
 
 def _data(target: Target) -> Any:
     """What the run reads, in its own shares of the sources; or the given data set of imported weights."""
-    if (target.run / "ledger.jsonl").exists():
+    if target.trained:
         return target.tracer.mixed or target.tracer.data
     return target.data
 
@@ -626,7 +692,7 @@ def _row_files(path: Path) -> dict[int, Path]:
     """Chunk number -> file."""
     if path.is_file():
         found = _FILE.fullmatch(path.name)
-        return {int(found[1]) if found else 0: path}
+        return {int(found[1]) if found else _UNKNOWN: path}
     files = sorted(
         p for folder in (path, path / "train") for p in folder.glob("train_*.jsonl") if _FILE.fullmatch(p.name)
     )
@@ -642,11 +708,7 @@ def _row_files(path: Path) -> dict[int, Path]:
 
 
 def _read_rows(path: Path, chunk: int, vocab_size: int, settings: Memorization) -> Sequences:
-    try:
-        with path.open("rb") as file:
-            first = file.readline()
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
+    first = _from_file(path, lambda file: file.readline())
     row = _object(path, 1, first)
     if "token_ids" in row:
         if not isinstance(row["token_ids"], list):
@@ -657,14 +719,23 @@ def _read_rows(path: Path, chunk: int, vocab_size: int, settings: Memorization) 
         read = [lines.row(n) for n in numbers]
         return _sequences(numbers, [ids for ids, _ in read], [source for _, source in read], settings)
     if "prompt" in row and "continuation" in row:
-        text = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-        numbers = sample(settings, chunk, len(text), whole=True)
+        text = _from_file(path, lambda file: file.read()).split(b"\n")
+        filled = [n for n, line in enumerate(text) if line.strip()]
+        numbers = [filled[n] for n in sample(settings, chunk, len(filled), whole=True)]
         rows = [_reduced(path, n + 1, text[n], vocab_size, settings) for n in numbers]
         return _sequences(numbers, [ids for ids, _ in rows], [source for _, source in rows], settings)
     raise UserError(
         f"{path}: its first line has {', '.join(map(repr, row)) or 'no fields'}; rows have 'token_ids' (LLM360's "
         "chunks), or 'prompt' and 'continuation' (Analysis360)"
     )
+
+
+def _from_file(path: Path, read: Callable[[BinaryIO], bytes]) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return read(file)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _sequences(numbers: list[int], tokens: list[Any], sources: list[str], settings: Memorization) -> Sequences:

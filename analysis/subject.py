@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from checkpoint.manifest import Entry
 from checkpoint.series import Series, parse_ref, restore
+from data.chunks import MANIFEST
 from data.loader import ChunkedData
+from data.published import is_published
 from data.tokenizer import Tokenizer, files_in, load
 from errors import UserError
 from inference.generate import Sampling, generate
@@ -22,6 +24,7 @@ from layers.model import ModelConfig
 from layers.region import Region
 from parallel.mesh import MeshConfig
 from training.config import Family, RunConfig, model_from_dict
+from training.metrics import read_lines
 from training.record import RunRecord
 from training.trace import RunTracer
 
@@ -90,24 +93,67 @@ class Target:
         return found
 
     @cached_property
+    def trained(self) -> bool:
+        """Whether the run was trained here: its ledger says on what. An imported series has a ledger, too."""
+        return any(e.get("data") for e in read_lines(self.run / "ledger.jsonl"))
+
+    @cached_property
     def record(self) -> RunRecord:
         """How the run was trained. UserError: it was not trained here."""
         return RunRecord(self.run, self._families)
 
     @cached_property
     def data(self) -> Any:
-        """The data set that was trained on, or given. UserError: synthetic, or not there."""
-        if self._data is not None and not (self.run / "ledger.jsonl").exists():
-            return ChunkedData(self._data)
+        """The data set that was trained on, or given.
+
+        Raises:
+            UserError: synthetic, or not there; of a run that was not trained here: none was given, or published files
+                and no recipe that says how they are read.
+        """
+        if not self.trained:
+            return self._given()
         named, _ = self.record.data
         if self._data is None and named is None:
             raise UserError(f"{self.run}: was trained on synthetic data, which is made of no documents; give --data")
         return self._open_data(self._data or named or Path(), self.record.config)
 
+    def _given(self) -> Any:
+        if self._data is None:
+            raise UserError(f"{self.run}: was not trained here, so that its data is not known; give --data")
+        if (self._data / MANIFEST).exists() or not is_published(self._data):
+            return ChunkedData(self._data)
+        if "recipe" not in json.loads((self.run / "config.json").read_text()):
+            raise UserError(
+                f"{self._data}: published files are read as a recipe says, and {self.run} is of none; convert them "
+                "(prepare --from-published)"
+            )
+        return self._open_data(self._data, self.record.config)
+
     @cached_property
     def tracer(self) -> RunTracer:
-        """From documents to steps and back. UserError: the data is not there, or is not what was trained on."""
+        """From documents to steps and back.
+
+        Raises:
+            UserError: the run was not trained here; the data is not there, or is not what was trained on.
+        """
+        if not self.trained:
+            raise UserError(f"{self.run}: was not trained here, so that which step read what is not known")
         return RunTracer(self.run, self._families, self._open_data, data=self._data)
+
+    def readers(self, chunk: int, position: int) -> list[tuple[int, int]]:
+        """Each (step, row) of the run that read a sample of its data set, in order; not those that the guard skipped.
+
+        Args:
+            chunk, position: in the data set, not in a mixture that the run made of it.
+
+        Raises:
+            UserError: as `tracer`.
+        """
+        mixed, schedule = self.tracer.mixed, self.tracer.schedule
+        assert schedule is not None  # it is a run
+        places = mixed.places(chunk, position) if mixed else [(chunk, position)]
+        read = [found for place in places if (found := schedule.reader(*place))]
+        return [(step, row) for step, row in read if self.record.skipped(step) == step]
 
     def load(self, entry: Entry) -> Any:
         """Parameters of a checkpoint, placed on `mesh`. Raises RunError: damaged or missing files."""

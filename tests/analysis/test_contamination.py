@@ -222,8 +222,10 @@ def test_scores_with_and_without_what_was_seen(folder, tmp_path):
     t = target(tmp_path)
     entry = t.series.entries()[-1]
     (study,) = asked(folder).open(t, silent)
-    assert study.settings()["evaluations"] == {"planted": None}
-    assert rows_of(study, entry, t)[0]["scores"] == {}
+    assert len(sweep(t, [study], silent).made) == len(t.series.entries())
+    summary = rows_of(study, entry, t)[0]
+    assert (summary["scores"], summary["evaluation"]) == ({}, None)
+    assert summary["scores_missing"] == "the checkpoint has no results of the task"
     _, rows = rows_of(study, entry, t)
     seen = {h for h, r in rows.items() if r["seen"]}
     right = [sha(text) in seen or text == NEAR for text in ITEMS]
@@ -242,9 +244,17 @@ def test_scores_with_and_without_what_was_seen(folder, tmp_path):
     results.write(
         tmp_path / "run", "evaluate/planted", entry, {"shots": 0}, Scored(summary, {"items": table}), "data=1", 1
     )
-    (again,) = asked(folder).open(t, silent)
-    assert again.settings() != study.settings()
-    scores = rows_of(again, entry, t)[0]["scores"]
+    lines = []
+    (again,) = asked(folder).open(t, lines.append)
+    assert again.settings() == study.settings()
+    assert [line for line in lines if "made anew" in line] == [
+        f"{tmp_path / 'run'}/results/contamination/{entry.manifest.name}.json: planted has been evaluated since; "
+        "made anew"
+    ]
+    summary = rows_of(again, entry, t)[0]
+    scores = summary["scores"]
+    assert summary["scores_missing"] is None
+    assert summary["evaluation"] == results.settings_sha256({"shots": 0})
     assert set(scores) == {"acc", "acc_norm"}, "a perplexity is no mean, and a target no score"
     n, k = len(ITEMS), len(seen)
     assert scores["acc"]["all"] == pytest.approx(
@@ -256,10 +266,76 @@ def test_scores_with_and_without_what_was_seen(folder, tmp_path):
     assert rows_of(again, t.series.entries()[0], t)[0]["scores"] == {}, "another checkpoint was not evaluated"
     # What a sweep writes is JSON, and is made once.
     outcome = sweep(t, [again], silent)
-    assert len(outcome.made) == len(t.series.entries())
-    assert len(sweep(t, asked(folder).open(t, silent), silent).kept) == len(outcome.made)
+    assert [path.stem for path in outcome.made] == [entry.manifest.name]
+    assert len(sweep(t, asked(folder).open(t, silent), silent).kept) == len(t.series.entries())
+    # Evaluated otherwise, and not evaluated any more: made anew, of the one checkpoint.
+    evaluation = results.folder(tmp_path / "run", "evaluate/planted") / f"{entry.manifest.name}.json"
+    kept = evaluation.read_text()
+    for content in (kept.replace('"shots": 0', '"shots": 5'), None):
+        evaluation.unlink() if content is None else evaluation.write_text(content)
+        assert len(sweep(t, asked(folder).open(t, silent), silent).made) == 1
+    assert results.of_kind(tmp_path / "run", "contamination")[-1].summary["tasks"]["planted"]["scores"] == {}
     table = results.of_kind(tmp_path / "run", "contamination")[-1].table("items")
     assert set(table["doc_hash"].to_pylist()) == set(rows)
+
+
+def evaluated(run, entry, hashes, name="items"):
+    """A result of the task, of these items."""
+    table = pa.table({"doc_hash": hashes, "acc": [True] * len(hashes)})
+    summary = {"acc": {"value": 1.0, "stderr": None, "n": len(hashes)}}
+    results.write(run, "evaluate/planted", entry, {}, Scored(summary, {name: table}), "data=1", 1)
+
+
+def test_scores_of_other_items_are_not_given(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("results"))
+    t = target(tmp_path)
+    entry = t.series.entries()[-1]
+    evaluated(t.run, entry, [sha(ITEMS[0]), sha("of a changed file"), sha("and another")])
+    (study,) = asked(folder).open(t, silent)
+    summary = rows_of(study, entry, t)[0]
+    assert summary["scores"] == {}
+    assert summary["scores_missing"] == "2 of the 3 items that were evaluated are not those that were looked for"
+    evaluated(t.run, entry, [sha(text) for text in ITEMS[:3]])  # of some of them, with a limit
+    summary = rows_of(study, entry, t)[0]
+    assert (summary["scores"]["acc"]["all"]["n"], summary["scores_missing"]) == (3, None)
+
+
+def test_an_evaluation_without_items_leaves_no_checkpoint_out(folder, tmp_path):
+    """That of HumanEval has samples, of which an item has several."""
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("results"))
+    t, lines = target(tmp_path), []
+    evaluated(t.run, t.series.entries()[-1], [sha(ITEMS[0])], name="samples")
+    outcome = sweep(t, asked(folder).open(t, lines.append), silent)
+    assert outcome.failed == {}
+    assert sum("planted: its results have no table of items" in line for line in lines) == 1
+    summary = results.of_kind(t.run, "contamination")[-1].summary["tasks"]["planted"]
+    assert (summary["scores"], summary["scores_missing"]) == ({}, "its results have no table of items")
+
+
+def test_a_series_that_grew_has_other_first_checkpoints(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("results"))
+    entries = target(tmp_path).series.entries()
+    last = entries[-1].path
+    last.rename(tmp_path / "kept")
+    sweep(t := target(tmp_path), asked(folder).open(t, silent), silent)
+
+    def firsts():
+        table = results.of_kind(tmp_path / "run", "contamination")[0].table("items")
+        return [name for step, name in zip(*(table[c].to_pylist() for c in ("first_step", "first_checkpoint"))) if step]
+
+    assert None in firsts()
+    (tmp_path / "kept").rename(last)
+    lines = []
+    outcome = sweep(t := target(tmp_path), asked(folder).open(t, lines.append), silent)
+    assert sum("the series has other checkpoints now; made anew" in line for line in lines) == len(entries) - 1
+    assert len(outcome.made) == len(entries)
+    assert None not in firsts()
+    assert len(sweep(t, asked(folder).open(t, silent), silent).kept) == len(entries)
+    # A table that cannot be read is made anew; results of other settings are left alone.
+    results.table_path(outcome.made[-1], "items").write_bytes(b"torn")
+    asked(folder, n=12).open(t, silent)
+    assert outcome.made[-1].exists()
+    assert len(sweep(t, asked(folder).open(t, silent), silent).made) == 1
 
 
 def test_batches_whose_update_was_skipped_were_not_read(folder, tmp_path):
@@ -271,6 +347,7 @@ def test_batches_whose_update_was_skipped_were_not_read(folder, tmp_path):
         file.write(json.dumps({"event": "skip", "step": step, "until": step + 1}) + "\n")
     t = target(tmp_path)
     (study,) = asked(folder).open(t, silent)
+    assert study.settings()["skipped"] == [[step, step + 1]]
     summary, rows = rows_of(study, t.series.entries()[-1], t)
     assert rows[sha(text)]["first_step"] is None
     assert not rows[sha(text)]["seen"]
@@ -403,6 +480,9 @@ def test_items_that_are_not_there(folder, tmp_path):
 
 
 def test_data_that_cannot_be_looked_through(folder, tmp_path):
+    another_run(folder, tmp_path / "c", data=None)
+    with pytest.raises(UserError, match="was not trained here, so that which step read what is not known"):
+        asked(folder).open(target(tmp_path / "c", data=folder / "data"), silent)
     another_run(folder, tmp_path / "a", data="synthetic", mixture=None)
     with pytest.raises(UserError, match="synthetic"):
         asked(folder).open(target(tmp_path / "a"), silent)

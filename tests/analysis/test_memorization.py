@@ -28,10 +28,12 @@ from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from checkpoint.series import Series
 from crystal_jax.recipes import crystal_tiny
+from data.tokenizer import files_in
 from errors import RunError, UserError
 from inference.forward import forward
 from layers import params
 from parallel import axes
+from training.metrics import read_lines
 
 SMALL = [
     "--model.vocab-size=300", "--model.num-layers=1", "--model.embed=32", "--model.num-heads=2", "--model.head-dim=16",
@@ -240,6 +242,119 @@ def test_seen_and_slices_choose_chunks(trained):
         study.score(Subject(t, dataclasses.replace(entry, manifest=imported), None))
 
 
+def remixed(trained, folder, step):
+    """The run without its checkpoints, whose ledger says that it read other shares, and that a step was skipped."""
+    (folder / "run").mkdir()
+    for name in ("config.json", *(p.name for p in files_in(trained / "run"))):
+        (folder / "run" / name).write_bytes((trained / "run" / name).read_bytes())
+    mixture = [["prose", 0.9], ["code", 0.1]]
+    events = [e | {"mixture": mixture} if e.get("data") else e for e in read_lines(trained / "run" / "ledger.jsonl")]
+    events.append({"event": "skip", "step": step, "until": step + 1})
+    (folder / "run" / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+
+
+def test_seen_is_what_a_step_read_wherever_the_run_has_it(trained, tmp_path):
+    remixed(trained, tmp_path, 1)
+    t = target(tmp_path)
+    mixed, schedule = t.tracer.mixed, t.tracer.schedule
+    steps: dict[tuple[int, int], list[int]] = {}  # by the sample of the data set, found place by place
+    for step in range(schedule.steps):
+        for row in range(8):
+            steps.setdefault(mixed.origin(*schedule.place(step, row)), []).append(step)
+    grid = dataclasses.replace(ASKED, sequences=1000).open(t, print)[0].grid
+    entries = Series(trained / "run").entries()
+    other = again = 0
+    for entry in entries:
+        for chunk in grid.chunks:
+            positions = grid.read(chunk).positions
+            read = [[s for s in steps.get(mixed.origin(chunk, int(p)), ()) if s != 1] for p in positions]
+            expected = [bool(s) and s[0] < entry.manifest.step for s in read]
+            assert grid.seen(chunk, entry.manifest).tolist() == expected
+            other += sum(e != (entry.manifest.chunk is not None and chunk <= entry.manifest.chunk) for e in expected)
+            again += sum(len(set(s)) > 1 for s in read)
+    assert other, "by the chunk's number it would be the same: nothing is tested"
+    assert again
+    # Scored are those sequences, and no others; a story has all steps.
+    entry = entries[1]
+    subject = Subject(t, entry, target(trained).load(entry))
+    study = dataclasses.replace(ASKED, chunks="seen", sequences=1000).open(t, print)[0]
+    scored = study.score(subject)
+    table = scored.tables["sequences"]
+    assert table["seen"].to_pylist() == [True] * table.num_rows
+    count = sum(int(grid.seen(c, entry.manifest).sum()) for c in grid.chunks)
+    assert scored.summary["seen"]["score"]["n"] == table.num_rows == count > 0
+    assert scored.summary["unseen"]["score"]["n"] == 0
+    results.write(t.run, "memorization", entry, study.settings(), scored, "", 0)
+    chunk, position, read = next(
+        (c, p, s)
+        for c, p in zip(table["chunk"].to_pylist(), table["position"].to_pylist())
+        if len(s := sorted({s for s in steps[mixed.origin(c, p)] if s != 1})) > 1
+    )
+    told = story(t, chunk, position)
+    assert (told["step"], told["steps"]) == (read[0], read)
+    assert f"step {read[0]} row {told['row']}, again at {read[1]}" in story_lines(told)[0]
+
+
+def test_a_step_that_was_skipped_read_nothing(trained, tmp_path):
+    remixed(trained, tmp_path, 0)
+    events = [e | {"mixture": None} for e in read_lines(tmp_path / "run" / "ledger.jsonl")]
+    (tmp_path / "run" / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    run, t = planned(trained, [[1, 8, 2, None]] * 3), target(tmp_path)
+    told = story(t, 0, 0, history=History(run, "memorization-planned"))
+    assert (told["step"], told["steps"], told["first_checkpoint"]) == (None, [], None)
+    assert told["documents"]
+    assert target(trained).readers(0, 0) == [(0, 0)]
+
+
+@pytest.fixture(scope="module")
+def imported(trained):
+    """A series of one checkpoint that came from a Hugging Face folder, of no known recipe and place."""
+    folder = trained / "hf"
+    assert cli.main(["export", f"{trained / 'run'}@001", "--out", str(folder), "--no-transformers"]) == 0
+    assert cli.main(["import", str(folder), "--run", str(trained / "imported"), "--no-transformers"]) == 0
+    assert (trained / "imported" / "ledger.jsonl").exists()
+    return trained
+
+
+def test_an_imported_series_with_data(imported):
+    with pytest.raises(UserError, match="imported: was not trained here, so that its data is not known; give --data"):
+        ASKED.open(target(imported, run="imported"), print)
+    t = target(imported, run="imported", data=imported / "data")
+    (entry,) = t.series.entries()
+    subject = Subject(t, entry, t.load(entry))
+    study = ASKED.open(t, print)[0]
+    scored = study.score(subject)
+    nothing = {"value": None, "stderr": None, "n": 0}
+    assert scored.summary["score"]["n"] == 24
+    assert scored.summary["seen"] == scored.summary["unseen"] == {"score": nothing, "extractable": nothing}
+    assert scored.tables["sequences"]["seen"].null_count == 24
+    with pytest.raises(RunError, match="without its place in the training data"):
+        dataclasses.replace(ASKED, chunks="seen").open(t, print)[0].score(subject)
+    # With its place, by chunk; the beginning of training has seen nothing.
+    placed = dataclasses.replace(entry, manifest=dataclasses.replace(entry.manifest, chunk=0))
+    assert study.score(Subject(t, placed, subject.weights)).summary["seen"]["score"]["n"] == 12
+    init = dataclasses.replace(entry, manifest=dataclasses.replace(entry.manifest, index=-1, name="init"))
+    assert study.score(Subject(t, init, subject.weights)).summary["unseen"]["score"]["n"] == 24
+    results.write(t.run, "memorization", entry, study.settings(), scored, "", 0)
+    told = story(t, *History(t.run).keys[0].tolist())
+    assert (told["step"], told["documents"]) == (None, [])
+    with pytest.raises(UserError, match="imported: was not trained here, so that which step read what is not known"):
+        _ = t.tracer
+
+
+def test_published_files_need_a_recipe(imported, tmp_path):
+    (tmp_path / "run").mkdir()
+    rows = [json.dumps({"token_ids": row, "source": "a"}) for row in rows_of(imported, 0)]
+    (tmp_path / "train_000.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(UserError, match="published files are read as a recipe says"):
+        ASKED.open(target(imported, run="imported", data=tmp_path), print)
+    for name in ("config.json", "ledger.jsonl"):  # of a known recipe
+        source = imported / ("run" if name == "config.json" else "imported") / name
+        (tmp_path / "run" / name).write_bytes(source.read_bytes())
+    grid = ASKED.open(target(tmp_path, data=tmp_path), print)[0].grid
+    assert grid.read(0).sources == ["a"] * 12
+
+
 def rows_of(trained, chunk):
     data = target(trained).data
     return [data.sample(chunk, p).tokens.tolist() for p in range(data.phases[0].samples_per_chunk)]
@@ -277,6 +392,22 @@ def test_published_rows_of_both_forms(trained, tmp_path):
     assert one.settings() != study.settings()
 
 
+def test_rows_of_no_known_chunk_are_neither_seen_nor_unseen(trained, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = {"prompt": [5] * K, "continuation": [6] * L}
+    file.write_text(json.dumps(row) + "\n\n\n" + json.dumps(row) + "\n")
+    t = target(trained)
+    study = dataclasses.replace(ASKED, rows=file).open(t, print)[0]
+    entry = Series(t.run).resolve("001")[0]
+    scored = study.score(Subject(t, entry, t.load(entry)))
+    assert [scored.summary[name]["score"]["n"] for name in ("seen", "unseen")] == [0, 0]
+    assert scored.summary["score"]["n"] == 2
+    assert scored.tables["sequences"]["position"].to_pylist() == [0, 3]
+    assert Memorization(story="-1:3").story
+    with pytest.raises(UserError, match=r"rows\.jsonl: --chunks seen needs the chunk's number in the file's name"):
+        dataclasses.replace(ASKED, rows=file, chunks="seen").open(t, print)
+
+
 GOOD = {"prompt": [5] * K, "continuation": [6] * L}
 
 
@@ -292,6 +423,7 @@ GOOD = {"prompt": [5] * K, "continuation": [6] * L}
         (json.dumps({"token_ids": [300] * 33, "source": "a"}), RunError, "id 300 is outside the vocabulary of 300"),
         (json.dumps(GOOD | {"prompt": [1]}), UserError, ":1: has 9 tokens"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"prompt": [True] * K}), RunError, ":2: field 'prompt' is not"),
+        (json.dumps(GOOD) + "\n\n \n" + json.dumps(GOOD | {"prompt": 1}), RunError, ":4: field 'prompt' is not"),
         (json.dumps(GOOD | {"continuation": [-1] * L}), RunError, "id -1 is outside the vocabulary of 300"),
     ],
 )
@@ -305,6 +437,9 @@ def test_folders_of_rows_that_are_none(trained, tmp_path):
     t = target(trained)
     with pytest.raises(UserError, match=r"no such file, or a folder without train_000\.jsonl"):
         dataclasses.replace(ASKED, rows=tmp_path / "none").open(t, print)
+    (tmp_path / "folder" / "train_000.jsonl").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"train_000\.jsonl: cannot be read"):
+        dataclasses.replace(ASKED, rows=tmp_path / "folder").open(t, print)
     for name in ("train_1.jsonl", "train_001.jsonl"):
         (tmp_path / name).write_text(json.dumps(GOOD))
     with pytest.raises(UserError, match="has the number of"):

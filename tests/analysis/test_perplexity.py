@@ -16,7 +16,7 @@ from analysis.perplexity import Perplexity, _forced, figures, token_bytes, windo
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from checkpoint.series import Series
-from data.tokenizer import load, train_tokenizer
+from data.tokenizer import files_in, load, train_tokenizer
 from data.trace import text_of
 from errors import UserError
 from inference.forward import forward
@@ -288,3 +288,18 @@ def test_a_run_without_validation_says_what_else_there_is(trained, tmp_path):
     (tmp_path / "config.json").write_text((trained / "run" / "config.json").read_text())
     with pytest.raises(UserError, match="give --no-validation and --text"):
         Perplexity().open(target(tmp_path, run="."), print)
+
+
+def test_an_imported_series_with_data(trained, tmp_path):
+    """It has a ledger, too, and its config may have a model alone; its data is what is given."""
+    config = json.loads((trained / "run" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model": config["model"]}))
+    (tmp_path / "ledger.jsonl").write_text(json.dumps({"event": "import", "index": 0, "source": "hf"}) + "\n")
+    for file in files_in(trained / "run"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="was not trained here, so that its data is not known; give --data; give --no"):
+        Perplexity().open(target(tmp_path, run="."), print)
+    (study,) = Perplexity().open(target(tmp_path, run=".", data=trained / "data"), print)
+    assert [d.source for d in study.groups["validation"]] == ["prose"] * 4 + ["code"] * 4
+    (own,) = Perplexity().open(target(trained), print)
+    assert study.settings() == own.settings()
