@@ -9,6 +9,7 @@ with a row for each item beside the summary, so that checkpoints can be compared
 """
 
 import copy
+import dataclasses
 import hashlib
 import math
 from collections import defaultdict
@@ -28,7 +29,7 @@ from analysis.results import Scored
 from analysis.subject import Subject, Target
 from analysis.suites import FOLDERS, HELDOUT, TASKS, Asked, Part, Row, Task, doc_hash
 from analysis.sweep import Study
-from errors import UserError
+from errors import RunError, UserError
 
 Note = Callable[[str], None]
 
@@ -52,7 +53,7 @@ class Evaluate:
     """Only so many rows of each task (of each subject of MMLU, and of all together in heldout), drawn at random, the
     same ones each time."""
     shots: int | None = None
-    """Solved examples before each question, instead of each task's own number."""
+    """Solved examples before each question, instead of each task's own number; not where --tasks has TASK@N."""
     skip_missing: bool = False
     """Leave out tasks whose files are not there, instead of stopping."""
     add_bos: Literal["auto", "yes", "no"] = "auto"
@@ -77,7 +78,11 @@ class Evaluate:
             UserError: unknown tasks, missing files or ones of another layout, no tokenizer or one that does not fit,
                 the harness is not installed or cannot fetch its data.
         """
-        asked = self._present(suites.resolve(self.tasks), note)
+        asked = self._present(suites.resolve(self.tasks, self.shots), note)
+        if code := [one.name for one in asked if one.name in KINDS]:
+            given = [f for f, on in (("--shots", self.shots is not None), ("--add-bos", self.add_bos != "auto")) if on]
+            if given:
+                note(f"{' and '.join(given)}: not for {', '.join(code)} (--code.* are their flags)")
         online = {} if self.benchmarks else _fetched([a for a in asked if a.name in TASKS])
         studies: list[Study] = []
         for one in asked:
@@ -85,10 +90,17 @@ class Evaluate:
                 studies.append(HeldOut.open(target, self.limit, note))
             elif one.name in KINDS:
                 assert self.benchmarks is not None  # `_present` saw to it
-                studies.append(CodeTask.open(one.name, self.benchmarks, self.code, target, note))
+                studies.append(CodeTask.open(one.name, self.benchmarks, self._code(), target, note))
             else:
-                studies.append(Benchmark(one, self, target, online.get(one.name), note))
+                studies.append(Benchmark(one, self, target, online.get(one), note))
         return studies
+
+    def _code(self) -> CodeOptions:
+        """Those of code, with what is said for all tasks where they say nothing."""
+        code = dataclasses.replace(self.code, limit=self.code.limit or self.limit)
+        if code.max_length is None and code.max_new_tokens is None:
+            code = dataclasses.replace(code, max_new_tokens=self.max_new_tokens)
+        return code
 
     def bos(self, target: Target) -> bool:
         """Whether texts begin with ``<s>``. UserError: they should, and the tokenizer has none."""
@@ -135,7 +147,8 @@ def paired(a: pa.Table, b: pa.Table, metric: str) -> tuple[float, float | None, 
         metric: a column of both, ``acc``.
 
     Returns:
-        Mean of b - a over the items of both, its standard error (None of one item), and their number.
+        Mean of b - a over the items of both, its standard error (None of one item), and their number. Items of which
+        one has no figure are left out: of a task with several filters, each has its own rows.
 
     Raises:
         UserError: no such column, no common items, or items that were asked in another way.
@@ -148,7 +161,7 @@ def paired(a: pa.Table, b: pa.Table, metric: str) -> tuple[float, float | None, 
         {tuple(row[n] for n in names): row for row in t.select([*names, "prompt_hash", metric]).to_pylist()}
         for t in (a, b)
     )
-    common = [key for key in first if key in second]
+    common = [k for k in first if k in second and first[k][metric] is not None and second[k][metric] is not None]
     if not common:
         raise UserError("the two results have no item in common")
     if any(first[key]["prompt_hash"] != second[key]["prompt_hash"] for key in common):
@@ -186,6 +199,11 @@ class _Built:
     """The harness's."""
     items: list[_Item]
 
+    @property
+    def requests(self) -> list[Any]:
+        """Of all items."""
+        return [r for item in self.items for r in item.requests]
+
 
 class Benchmark:
     """A study: one task of the harness.
@@ -194,7 +212,7 @@ class Benchmark:
         asked: which task, with how many examples.
         options: limit, folder and so on.
         target: gives tokenizer and context.
-        fetched: the harness's own tasks, if there is no folder.
+        fetched: the harness's own tasks, if there is no folder; of this study alone.
         note: called with what a user should know about the task when it is rendered.
 
     Raises:
@@ -205,7 +223,7 @@ class Benchmark:
 
     def __init__(self, asked: Asked, options: Evaluate, target: Target, fetched: list[Any] | None, note: Note):
         self.task: Task = TASKS[asked.name]
-        self.shots = next(n for n in (options.shots, asked.shots, self.task.shots) if n is not None)
+        self.shots = self.task.shots if asked.shots is None else asked.shots
         self._options, self._fetched, self._note = options, fetched, note
         self._dtype = target.region.compute_dtype
         self._version = harness()
@@ -221,7 +239,9 @@ class Benchmark:
                         f"{self.task.name} {name}: {self.shots} examples are asked for, and {pool} are there"
                     )
         else:
-            rows = {t.config.task: list(t.eval_docs) for t in fetched}
+            rows = {t.config.task: t.eval_docs for t in fetched}
+            if self.shots:
+                rows |= {f"{t.config.task}: examples": t.fewshot_docs() for t in fetched}
             self._data = {name: _sha256("".join(map(doc_hash, docs)).encode()) for name, docs in rows.items()}
         tokenizer = target.tokenizer
         self._tokenizer_sha256 = tokenizer.sha256
@@ -260,11 +280,14 @@ class Benchmark:
         """Ask everything of a checkpoint.
 
         Raises:
-            UserError: something that is asked does not fit in the context.
-            RunError: the model's numbers are not finite, or it cannot tell choices apart.
+            RunError: something that is asked does not fit in the context, the model's numbers are not finite, or it
+                cannot tell choices apart.
         """
-        built = self._build()
-        self._ask(subject, built)
+        try:
+            built = self._build()
+            self._ask(subject, built)
+        except UserError as e:  # prompts are made at the first checkpoint; other tasks may go on
+            raise RunError(f"{self.task.name} cannot be asked: {e}") from e
         rows: list[dict[str, Any]] = []
         figures: dict[str, dict[str, Any]] = {}
         for part in built:
@@ -286,9 +309,10 @@ class Benchmark:
             if tasks is None:
                 tasks = [_local(self.task, name, part, self.shots) for name, part in self._parts.items()]
             names = list(self._parts) or ([""] if len(tasks) == 1 else list(suites.MMLU_SUBJECTS))
-            self._built = [self._rendered(name, task) for name, task in zip(names, tasks, strict=True)]
-            requests = [r for part in self._built for item in part.items for r in item.requests]
+            built = [self._rendered(name, task) for name, task in zip(names, tasks, strict=True)]
+            requests = [r for part in built for r in part.requests]
             self._cut = self._lm.cut(requests)
+            self._built = built  # not before all is known to fit
             if self._cut:
                 self._note(
                     f"{self.task.name}: {self._cut} of {len(requests)} prompts are longer than the model's context of "
@@ -321,7 +345,6 @@ class Benchmark:
             if self.task.group_field:
                 facts["group"] = str(doc.get(self.task.group_field))
             items.append(_Item(doc, facts, requests))
-        task._instances = [r for item in items for r in item.requests]
         return _Built(part, task, items)
 
     # ---- for each checkpoint ---------------------------------------------------------------------------------------
@@ -329,7 +352,7 @@ class Benchmark:
     def _ask(self, subject: Subject, built: list[_Built]) -> None:
         by_type: dict[str, list[Any]] = defaultdict(list)
         for part in built:
-            for request in part.task.instances:
+            for request in part.requests:
                 request.resps, request.filtered_resps = [], {}
                 by_type[request.request_type] += [request] * request.repeats
         self._lm.subject = subject
@@ -340,6 +363,7 @@ class Benchmark:
                     request.resps.append(answer)
         finally:
             self._lm.subject = None  # it holds weights
+        assert all(len(r.resps) == r.repeats for part in built for r in part.requests), "one request, one study"
 
     def _ties(self, built: list[_Built]) -> int | None:
         if self.task.output not in ("multiple_choice", "contexts"):
@@ -347,14 +371,13 @@ class Benchmark:
         # Choices of the same text tie in any model; ARC's file repeats one where there are three.
         items = [i for part in built for i in part.items if len({r.args for r in i.requests}) == len(i.requests)]
         scores = [[r.resps[0][0] for r in item.requests] for item in items]
-        return check_ties(scores, lambda n: all(self._lm.scored_tokens(r.args) == 1 for r in items[n].requests))
+        return check_ties(scores, [[self._lm.scored_tokens(r.args) for r in item.requests] for item in items])
 
     def _summary(
         self, rows: list[dict[str, Any]], figures: dict[str, dict[str, Any]], ties: int | None
     ) -> dict[str, Any]:
         parts = list(figures)
-        names = list(figures[parts[0]])  # the harness's own tasks have not all of ours
-        headline = next((n for n in names if n.split(".")[0] == self.task.metrics[0]), names[0])
+        headline = next(n for n in figures[parts[0]] if n.split(".")[0] == self.task.metrics[0])
         summary: dict[str, Any] = {"headline": headline}
         if len(parts) == 1:
             summary |= figures[parts[0]]
@@ -453,21 +476,43 @@ def _local(task: Task, name: str, part: Part, shots: int) -> Any:
     return made
 
 
-def _fetched(asked: list[Asked]) -> dict[str, list[Any]]:
-    """The harness's own tasks, each by the name of ours."""
+def _fetched(asked: list[Asked]) -> dict[Asked, list[Any]]:
+    """The harness's own tasks: objects of its own for each study, since they keep its prompts and answers."""
     if not asked:
         return {}
     manager, found = task_manager([one.name for one in asked]), {}
     for one in asked:
         names = list(TASKS[one.name].builtin)
         try:
-            found[one.name] = list(manager.load(names)["tasks"].values())
+            found[one] = list(manager.load(names)["tasks"].values())
         except Exception as e:  # it raises what its many libraries do
             raise UserError(
                 f"{one.name}: the harness cannot fetch its data by the network ({type(e).__name__}: {e}); give files "
                 "with --benchmarks DIR"
             ) from e
+        for task in found[one]:
+            _with_metrics(task, TASKS[one.name])
     return found
+
+
+def _with_metrics(made: Any, task: Task) -> None:
+    """Add those metrics of ours that the harness's own task leaves out: ``acc_norm`` of Social IQa and MMLU.
+
+    Raises:
+        UserError: it lacks the one that is reported.
+    """
+    from lm_eval.api.registry import get_metric, get_metric_aggregation, is_higher_better
+
+    if task.output == "multiple_choice" and made.config.process_results is None:
+        for name in task.metrics:
+            if name not in made._metric_fn_list:
+                made._metric_fn_list[name], made._metric_fn_kwargs[name] = get_metric(name), {}
+                made._aggregation_list[name] = get_metric_aggregation(name)
+                made._higher_is_better[name] = is_higher_better(name)
+    if task.metrics[0] not in made.aggregation():
+        raise UserError(
+            f"{task.name}: the harness's own task has no {task.metrics[0]}; give files with --benchmarks DIR"
+        )
 
 
 def task_manager(names: Sequence[str]) -> Any:
@@ -482,6 +527,7 @@ def task_manager(names: Sequence[str]) -> Any:
 
 def _processed(part: _Built) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the items' table, and estimates of the metrics."""
+    part.task._instances = part.requests
     part.task.apply_filters()
     aggregation = part.task.aggregation()
     filters = list(part.task.instances[0].filtered_resps)
@@ -631,7 +677,7 @@ class HeldOut:
         flat = subject.score(list(self.rows.reshape(-1, self.rows.shape[-1])))
         sums = np.array([s.logprobs[-self.continuation :].sum(dtype=np.float64) for s in flat])
         scores = sums.reshape(self.rows.shape[:2])
-        ties = check_ties(scores.tolist(), lambda _: self.continuation == 1)
+        ties = check_ties(scores.tolist(), np.full(scores.shape, self.continuation).tolist())
         chosen = scores.argmax(axis=1)
         right = (chosen == self.answers).astype(np.float64)
         of: dict[str, list[float]] = defaultdict(list)

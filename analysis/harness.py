@@ -12,7 +12,7 @@ model does when its tokenizer prepends one.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
@@ -259,22 +259,33 @@ def harness() -> str:
     return metadata.version("lm_eval")
 
 
-def check_ties(scores: Sequence[Sequence[float]], one_token: Callable[[int], bool]) -> int:
-    """How many rows have choices that all score the same.
+def check_ties(scores: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> int:
+    """How many rows have choices that all score the same, as a whole or by the token.
 
     Ties go to the first choice, and TruthfulQA lists the true answer first: a model that gives one constant would score
-    1.0. Choices of one token each may tie by chance in bfloat16, others hardly ever.
+    1.0. One to which all tokens are equally likely takes the choice with the fewest. Choices of one token each may tie
+    by chance in bfloat16, others hardly ever.
 
     Args:
         scores: log-probability of each choice, for each row.
-        one_token: whether the choices of a row have one token each.
+        tokens: number of tokens of each.
 
     Raises:
-        RunError: too many for chance.
+        RunError: too many for chance, or all of several.
     """
-    tied = [n for n, row in enumerate(scores) if len(row) > 1 and len(set(row)) == 1]
-    several = [n for n in tied if not one_token(n)]
-    if len(tied) > max(3, len(scores) // 10) or len(several) > max(3, len(scores) // 100):
+
+    def ties(row: Sequence[float], lengths: Sequence[int]) -> bool:
+        each = [score / length for score, length in zip(row, lengths, strict=True)]
+        return len(set(row)) == 1 or max(each) - min(each) <= 1e-6 * max(map(abs, each))
+
+    chosen = [n for n, row in enumerate(scores) if len(row) > 1]
+    tied = [n for n in chosen if ties(scores[n], tokens[n])]
+    several = [n for n in tied if set(tokens[n]) != {1}]
+    if (
+        1 < len(tied) == len(chosen)
+        or len(tied) > max(3, len(scores) // 10)
+        or len(several) > max(3, len(scores) // 100)
+    ):
         raise RunError(
             f"all choices score the same in {len(tied)} of {len(scores)} rows, so that whichever is listed first would "
             "count as the model's answer; the weights are no use, or not trained"

@@ -137,7 +137,10 @@ def doc_hash(row: Mapping[str, Any]) -> str:
 
 
 def documents(name: str, benchmarks: Path) -> list[tuple[str, str]]:
-    """The text of each item of a task, question and choices or answer, with the item's hash.
+    """The text of each item of a task, in the order in which data might have it, with the item's hash.
+
+    It is the question without the prompt's labels, then the right choice or the answer, then the other choices. Where
+    the choices are contexts it is the right one and what follows it.
 
     Raises:
         UserError: no such task, or it has no files there.
@@ -147,10 +150,25 @@ def documents(name: str, benchmarks: Path) -> list[tuple[str, str]]:
     texts = []
     for part in TASKS[name].read(benchmarks).values():
         for row in part.rows:
-            shown = (row.get("query", ""), row.get("continuation", ""), row.get("target", ""))
-            said = "\n".join(str(t).strip() for t in [*shown, *row.get("choices", ())] if t)
-            texts.append((doc_hash(row), said.removeprefix(_QA).strip()))
+            texts.append((doc_hash(row), _text(row)))
     return texts
+
+
+_LABEL = re.compile(r"^(?:Question|Answer|Q|A|Context|Abstract|Passage|Choices):[ \t]*", re.MULTILINE)
+
+
+def _text(row: Row) -> str:
+    choices = [str(choice) for choice in row.get("choices", ())]
+    if "continuation" in row:
+        return f"{choices[row['gold']].strip()} {row['continuation'].strip()}"
+    query = row["query"].removeprefix(_QA)
+    if choices and all(re.fullmatch("[A-Z]", choice) for choice in choices):  # the letters of what the question lists
+        question, *listed = re.split(r"\n[A-Z]\. ", query.removesuffix("Answer:"))
+        if (extra := len(listed) - len(choices)) >= 0:
+            query, choices = "\n".join([question, *listed[:extra]]), listed[extra:]
+    said = [choices.pop(row["gold"]), *choices] if choices else [row["target"]]
+    lines = _LABEL.sub("", query).strip().splitlines()
+    return "\n".join(line.strip() for line in [*lines, *said] if line.strip())
 
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -168,8 +186,12 @@ class Asked:
     """None: the task's own."""
 
 
-def resolve(names: Sequence[str]) -> list[Asked]:
-    """Tasks of names of tasks and suites, each once, in order.
+def resolve(names: Sequence[str], shots: int | None = None) -> list[Asked]:
+    """Tasks of names of tasks and suites, each once with the same shots, in order.
+
+    Args:
+        names: ``arc_challenge``, ``arc_challenge@0``, ``amber-quick``.
+        shots: of those that are not written as TASK@N, instead of the task's or the suite's own.
 
     Raises:
         UserError: an unknown name, or a wrong number of shots.
@@ -186,10 +208,12 @@ def resolve(names: Sequence[str]) -> list[Asked]:
                 )
             if at and (task not in TASKS or not number.isdecimal()):
                 raise UserError(f"task {word!r}: write a task of texts and its shots, such as arc_challenge@0")
-            shots = int(number) if at else None
-            if task in TASKS and shots == TASKS[task].shots:
-                shots = None
-            found[Asked(task, shots)] = None
+            wanted = int(number) if at else None
+            if shots is not None and task in TASKS and not (at and word == name):  # a suite's own shots give way
+                wanted = shots
+            if task in TASKS and wanted == TASKS[task].shots:
+                wanted = None
+            found[Asked(task, wanted)] = None
     if not found:
         raise UserError("evaluate: name a task or a suite: --tasks amber-quick")
     return list(found)

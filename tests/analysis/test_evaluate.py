@@ -17,6 +17,7 @@ import pytest
 
 import run as command
 from analysis import results
+from analysis.code import CodeOptions
 from analysis.evaluate import Benchmark, Evaluate, HeldOut, _local, paired, task_manager
 from analysis.subject import Target
 from analysis.suites import MMLU_GROUPS, MMLU_SUBJECTS, SUITES, TASKS, Asked, Part, documents, resolve
@@ -39,7 +40,8 @@ MADE_UP = {
 
 @pytest.fixture(scope="module")
 def harness():
-    lm_eval = pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
+    import lm_eval
     from lm_eval.api.model import LM
 
     class Known(LM):
@@ -169,6 +171,11 @@ def test_suites_have_the_shots_of_the_fact_sheet():
     assert resolve(["arc_challenge@25", "arc_challenge"]) == [Asked("arc_challenge", None)]
     for name in SUITES:
         assert resolve([name])
+    # --shots stands for what is not written out, and what then is the same is asked once
+    assert resolve(["arc_challenge", "arc_challenge@0"], 0) == [Asked("arc_challenge", 0)]
+    assert resolve(["piqa", "arc_challenge@25"], 3) == [Asked("piqa", 3), Asked("arc_challenge", None)]
+    assert len(resolve(["crystal"], 2)) == len({a.name for a in resolve(["crystal"])}) == 15
+    assert resolve(["heldout", "mbpp"], 2) == [Asked("heldout", None), Asked("mbpp", None)]
 
 
 @pytest.mark.parametrize(
@@ -196,12 +203,38 @@ def test_numbers_that_are_none(flags):
 def test_documents_have_the_hashes_of_results(tmp_path):
     found = documents("arc_challenge", BENCHMARKS)
     assert len(found) == 1172
-    assert found[0][1].startswith("Question: An astronomer observes")
+    assert found[0][1].startswith("An astronomer observes")
     assert "Planetary gravity will become stronger." in found[0][1]
     assert all(text for name in TASKS if not TASKS[name].missing(BENCHMARKS) for _, text in documents(name, BENCHMARKS))
     assert not documents("truthfulqa_mc1", BENCHMARKS)[0][1].startswith("Q: What is human life"), "not of the item"
     with pytest.raises(UserError, match="not a task with texts"):
         documents("heldout", BENCHMARKS)
+
+
+def test_documents_are_texts_that_data_might_have(tmp_path):
+    files = {
+        "winogrande/winogrande.jsonl": {"context_options": ["A cup", "A lid"], "continuation": "fell.", "gold": 1},
+        "siqa/siqa.jsonl": {
+            "query": "Context: Al left.\nQuestion: Why?\nChoices:\nA. in haste\nB. Being late\nAnswer:",
+            "choices": ["A", "B"],
+            "gold": 1,
+        },
+        "piqa/piqa.jsonl": {"query": "Question: Dry a cup\n", "choices": ["with salt", "with a towel"], "gold": 1},
+        "gsm8k/test.jsonl": {"question": "One and one?", "answer": "Two.\n#### 2"},
+        "gsm8k/train.jsonl": {"question": "?", "answer": "!"},
+        "race/race.jsonl": {"query": "A text. Which?", "choices": ["A", "B"], "gold": 1},
+    }
+    for name, row in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(row))
+    found = {name: documents(name, tmp_path)[0][1] for name in ("winogrande", "siqa", "piqa", "gsm8k", "race")}
+    assert found == {
+        "winogrande": "A lid fell.",
+        "siqa": "Al left.\nWhy?\nBeing late\nin haste",
+        "piqa": "Dry a cup\nwith a towel\nwith salt",
+        "gsm8k": "One and one?\nTwo.\n#### 2",
+        "race": "A text. Which?\nB\nA",
+    }
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
@@ -272,19 +305,19 @@ def test_heldout_knows_its_own_endings(target):
 def test_a_constant_model_is_refused(target, tmp_path):
     """It would score 1.0 in TruthfulQA, whose true answer is the first."""
     (tmp_path / "truthfulqa").mkdir()
-    answers = {f"answer {n}": int(n == 0) for n in range(3)}
-    rows = [{"question": f"What {n}?", "mc1_targets": answers, "mc2_targets": answers} for n in range(6)]
+    answers = {f"answer{' of it' * n}": int(n == 0) for n in range(3)}
+    rows = [{"question": f"What {n}?", "mc1_targets": answers, "mc2_targets": answers} for n in range(2)]
     (tmp_path / "truthfulqa" / "mc_task.json").write_text(json.dumps(rows))
-    pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
     for study in Evaluate(("truthfulqa_mc1", "truthfulqa_mc2"), tmp_path).open(target, print):
-        with pytest.raises(RunError, match="all choices score the same in 6 of 6 rows"):
+        with pytest.raises(RunError, match="all choices score the same in 2 of 2 rows"):
             study.score(Rule(lambda r: -1.0))
 
 
 @pytest.fixture
 def made_up(tmp_path):
     """A small benchmark: the answer is what follows in training text, or not."""
-    pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
     (tmp_path / "arc").mkdir()
     choices = ["alpha", "the answer? What is", "( ) beta", "gamma"]
     rows = [{"query": f"What is {n} {n * n}", "choices": choices, "gold": n % 4} for n in range(24)]
@@ -357,6 +390,9 @@ def test_pairs_must_be_of_one_kind():
             paired(one, table, "acc")
     with pytest.raises(UserError, match="no per-item 'f1'"):
         paired(one, one, "f1")
+    columns = {"filter": ["strict", "loose"], "em.strict": [0.0, None], "em.loose": [None, 1.0]}
+    two = pa.table({**{k: [v, v] for k, v in {**facts, "prompt_hash": "p"}.items()}, **columns})
+    assert paired(two, two, "em.strict") == (0.0, None, 1), "each filter has its own rows"
 
 
 def test_missing_files_are_named_and_can_be_left_out(target, made_up, capsys):
@@ -377,13 +413,96 @@ def test_missing_files_are_named_and_can_be_left_out(target, made_up, capsys):
 
 
 def test_the_harness_has_the_tasks_that_are_named():
-    pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
     known = task_manager(list(TASKS)).all_tasks
     assert {name for task in TASKS.values() for name in task.builtin} <= set(known)
 
 
+@pytest.fixture
+def online(monkeypatch):
+    """What the harness would fetch; the list is the Social IQa examples."""
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
+    import datasets
+
+    def arc(n):
+        answers = {"text": ["alpha", "the answer? What is", "( ) beta", "gamma"], "label": list("ABCD")}
+        return {"question": f"What is {n} {n * n}", "choices": answers, "answerKey": "ABCD"[n % 4]}
+
+    def siqa(n, answer="( ) beta"):
+        answers = {"answerA": "alpha", "answerB": answer, "answerC": "the answer? What is gamma"}
+        return {"context": f"What {n}", "question": "is", **answers, "label": str(n % 3 + 1)}
+
+    train = [siqa(n) for n in range(50, 56)]
+
+    def load(path, name=None, **_):
+        rows = [(siqa if "siqa" in path else arc)(n) for n in range(12)]
+        first = train if "siqa" in path else [arc(n) for n in range(50, 56)]
+        parts = {"train": first, "validation": rows, "test": rows}
+        return datasets.DatasetDict({part: datasets.Dataset.from_list(r) for part, r in parts.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return train
+
+
+def by_words(salt):
+    """A checkpoint: its score depends on the whole row."""
+    return Rule(lambda r: -(zlib.crc32(r.tobytes() + salt) % 9973) / 100)
+
+
+def test_a_task_with_two_numbers_of_shots_is_two_studies(target, online):
+    """Neither reads the other's answers, nor those of the checkpoint before."""
+    tasks = ("arc_challenge@2", "arc_challenge@0")
+    together = Evaluate(tasks).open(target, print)
+    alone = [Evaluate((task,)).open(target, print)[0] for task in tasks]
+    for salt in (b"a", b"b", b"c"):
+        for one, other in zip(together, alone, strict=True):
+            assert one.score(by_words(salt)).tables["items"].equals(other.score(by_words(salt)).tables["items"])
+
+
+def test_the_harness_s_own_task_has_our_metrics_and_names_its_examples(target, online):
+    (study,) = Evaluate(("siqa@1",)).open(target, print)
+    summary = study.score(by_words(b"a")).summary
+    assert summary["headline"] == "acc_norm"
+    assert summary["acc_norm"]["n"] == summary["acc"]["n"] == 12
+    (none,) = Evaluate(("siqa@0",)).open(target, print)
+    online[0]["context"] = "Another"
+    (other,) = Evaluate(("siqa@1",)).open(target, print)
+    assert other.settings()["sha256"] != study.settings()["sha256"]
+    assert Evaluate(("siqa@0",)).open(target, print)[0].settings() == none.settings()
+
+
+def test_flags_of_all_tasks_reach_code_or_are_said_not_to(target, tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    row = {"prompt": "a", "entry_point": "f", "canonical_solution": "b", "test": "c"}
+    lines = [json.dumps({"task_id": f"HumanEval/{n}", **row}) for n in range(4)]
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text("\n".join(lines))
+
+    def settings(code=None, **flags):
+        code = code or CodeOptions(unsafe=True)
+        (study,) = Evaluate(("humaneval",), tmp_path, code=code, **flags).open(target, notes.append)
+        return [study.settings()[name] for name in ("problems", "limit", "max_new_tokens", "max_length")]
+
+    notes = []
+    assert settings() == [4, None, None, 512]
+    assert not any("--shots" in note for note in notes)
+    assert settings(limit=2, max_new_tokens=9) == [2, 2, 9, None]
+    assert settings(CodeOptions(limit=3, max_length=40, unsafe=True), limit=2, max_new_tokens=9) == [3, 3, None, 40]
+    settings(shots=1, add_bos="no")
+    assert "--shots and --add-bos: not for humaneval (--code.* are their flags)" in notes
+
+
+def test_what_does_not_fit_leaves_out_the_task_alone(target, made_up):
+    """Prompts are made at the first checkpoint, where only a RunError lets the sweep go on."""
+    row = {"query": "What?", "choices": ["alpha", "( def return ) " * 100], "gold": 0}
+    (made_up / "arc" / "arc_challenge.jsonl").write_text(json.dumps(row))
+    (study,) = Evaluate(("arc_challenge@0",), made_up).open(target, print)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"arc_challenge cannot be asked: the continuation .* has .* tokens"):
+            study.score(by_words(b"a"))
+
+
 def test_without_files_the_network_is_named(target):
-    pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
     with pytest.raises(UserError, match=r"piqa: the harness cannot fetch its data .*--benchmarks DIR"):
         Evaluate(("piqa",)).open(target, print)
 

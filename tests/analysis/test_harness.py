@@ -54,7 +54,7 @@ class Uniform:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer([TEXT * 20], 320, path)
     return load(path)
@@ -137,13 +137,26 @@ def test_numbers_that_are_none_and_choices_that_are_one_are_refused(lm):
     lm.subject.score = lambda rows: [TokenScores(np.full(len(r) - 1, np.nan), np.zeros(len(r) - 1)) for r in rows]
     with pytest.raises(RunError, match="not finite"):
         lm.loglikelihood([Request(("a", " b"))])
-    one, several = (lambda n: True), (lambda n: False)
-    apart, same = [0.0, -1.0], [-1.0, -1.0]
-    assert check_ties([same] * 3 + [apart] * 7, several) == 3
-    assert check_ties([same] * 9 + [apart] * 91, one) == 9, "single tokens tie by chance in bfloat16"
-    for scores, how in (([same] * 9 + [apart] * 91, several), ([same] * 11 + [apart] * 89, one), ([same] * 4, one)):
+    one, several, longer = [1, 1], [2, 2], [2, 4]
+    apart, same, uniform = [0.0, -1.0], [-1.0, -1.0], [-3.4, -6.8]
+    for scores, tokens, ties in (
+        ([same] * 3 + [apart] * 7, several, 3),
+        ([same] * 9 + [apart] * 91, one, 9),  # single tokens tie by chance in bfloat16
+        ([uniform] * 3 + [apart] * 7, several, 0),
+        ([uniform] * 3 + [apart] * 7, longer, 3),
+        ([same], one, 1),
+        ([[-1.0]] * 5, [3], 0),
+    ):
+        assert check_ties(scores, [tokens] * len(scores)) == ties
+    for scores, tokens in (
+        ([same] * 9 + [apart] * 91, several),
+        ([same] * 11 + [apart] * 89, one),
+        ([same] * 2, one),
+        ([uniform] * 2, longer),
+        ([uniform] * 9 + [apart] * 91, longer),
+    ):
         with pytest.raises(RunError, match=f"all choices score the same in .* of {len(scores)} rows"):
-            check_ties(scores, how)
+            check_ties(scores, [tokens] * len(scores))
 
 
 # ---- parity --------------------------------------------------------------------------------------------------------
@@ -152,7 +165,7 @@ def test_numbers_that_are_none_and_choices_that_are_one_are_refused(lm):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A random Llama that transformers saved, with LLaMA's tokenizer, as the harness's own model and as ours."""
-    pytest.importorskip("lm_eval", reason="asks the harness; pip install -e '.[analysis]'")
+    pytest.importorskip("lm_eval.api.task", reason="asks the harness; pip install -e '.[analysis]'")
     pytest.importorskip("torch", reason="compares with the harness's model; pip install -e '.[parity]'")
     transformers = pytest.importorskip("transformers", reason="compares with it; pip install -e '.[parity]'")
     pytest.importorskip("accelerate", reason="the harness's own model needs it; pip install accelerate")
