@@ -221,7 +221,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from analysis.sandbox import Limits, Sandbox
 sandbox = Sandbox(Limits(seconds=30, memory_mib={MEMORY}), unsafe="unsafe" in sys.argv)
 print(sandbox.isolation)
-for program in ("pass", "open('/usr/x', 'w')", "import os; assert not os.path.exists({str(ROOT)!r})",
+for program in ("pass", "open('/usr/x', 'w')", "import os; assert not os.path.exists({str(ROOT / "run.py")!r})",
                 "import ctypes; assert ctypes.CDLL(None).mount(b'/', b'/dev', None, 4096, None) != 0"):
     print(sandbox.run(program).reason)
 """
