@@ -1276,12 +1276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb == "analyze":
             kind, rest = (rest[0], rest[1:]) if rest else ("", rest)
             if kind in ("-h", "--help"):
-                note(f"KIND is one of {', '.join(STUDIES)}; run.py analyze KIND --help lists its flags\n")
+                each = [f"  {name:14} {_study(*where).__doc__.splitlines()[0]}" for name, where in STUDIES.items()]
+                print("\n".join(["usage: run.py analyze KIND REF [--json] [OPTIONS]", "", "KIND is one of", *each, ""]))
+                print("run.py analyze KIND --help lists the options of one")
                 return 0
             if kind not in STUDIES:
-                raise UserError(
-                    f"analyze {kind}: no such study{_nearest(kind, STUDIES)}; there are {', '.join(STUDIES)}"
-                )
+                wrong = f"no study {kind!r}{_nearest(kind, STUDIES)}" if kind else "write run.py analyze KIND REF"
+                raise UserError(f"analyze: {wrong}; there are {', '.join(STUDIES)}")
             verb, arguments = f"analyze {kind}", _study(*STUDIES[kind])
         result = function(_parse(verb, arguments, takes_recipe, rest))
         value, code = result if isinstance(result, tuple) else (result, 0)

@@ -252,6 +252,20 @@ def test_every_verb_has_help(capsys):
         code, text, _ = call(capsys, verb, "--help")
         assert code == 0
         assert "--json" in text
+    for kind in run.STUDIES:
+        assert f"\n  {kind} " in call(capsys, "analyze", "--help")[1]
+        code, text, _ = call(capsys, "analyze", kind, "--help")
+        assert code == 0
+        assert "--overwrite" in text
+
+
+def test_a_study_must_be_named(capsys):
+    code, _, err = call(capsys, "analyze", "memorisation", "runs/x@all")
+    assert code == 2
+    assert "no study 'memorisation'; did you mean 'memorization'?" in err
+    code, _, err = call(capsys, "analyze")
+    assert code == 2
+    assert "write run.py analyze KIND REF; there are perplexity," in err
 
 
 def test_sigterm_saves_and_exits_with_75(tmp_path):
