@@ -326,8 +326,6 @@ class Report:
     """Run directory."""
     out: Path | None = None
     """Where to write it; by default DIR/report.html."""
-    data: Path | None = None
-    """Data directory of the run, if it is no longer where it was."""
     json: Json = False
     """Print one JSON object on stdout."""
 

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from analysis.results import Scored
+from analysis.results import Scored, estimate
 from analysis.sandbox import NONE, Limits, Sandbox
 from analysis.subject import Subject, Target
 from data.fim import Fim
@@ -322,14 +321,14 @@ class CodeTask:
         summary: dict[str, Any] = {}
         for k in self.ks:
             of_problems = [pass_at_k(self.samples, passed[p.task_id], k) for p in self.problems]
-            summary[f"pass@{k}"] = _estimate(of_problems)
+            summary[f"pass@{k}"] = estimate(of_problems)
         if self.name == "humaneval-fim":
             same = Counter(
                 row["task_id"]
                 for row, problem in zip(rows, (p for p in self.problems for _ in range(self.samples)), strict=True)
                 if row["completion"].rstrip() == problem.reference.rstrip() and row["reason"] != TOO_LONG
             )
-            summary["exact_match"] = _estimate([same[p.task_id] / self.samples for p in self.problems])
+            summary["exact_match"] = estimate([same[p.task_id] / self.samples for p in self.problems])
         return summary | {
             "problems": len(self.problems),
             "samples": self.samples,
@@ -356,13 +355,6 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def _rows(number: int) -> int:
     """As many rows or more: 1, 4, 16, or a multiple of 64."""
     return next((rows for rows in (1, 4, 16) if rows >= number), -(-number // 64) * 64)
-
-
-def _estimate(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over problems, and its standard error."""
-    several = len(values) > 1
-    stderr = statistics.stdev(values) / math.sqrt(len(values)) if several else None
-    return {"value": statistics.fmean(values), "stderr": stderr, "n": len(values)}
 
 
 def _seed(*parts: int | str) -> int:

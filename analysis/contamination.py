@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis import results
-from analysis.results import Result, Scored
+from analysis.results import Result, Scored, estimate
 from analysis.subject import Subject, Target
 from checkpoint.manifest import Entry
 from data.chunks import written
@@ -752,13 +752,6 @@ class Overlaps:
             groups = {"all": known, "without_seen": known & ~tainted, "only_seen": known & tainted}
             scores[name] = {group: estimate(values[chosen]) for group, chosen in groups.items()}
         return scores, None if scores else "the results of the task have no metric that is a mean over items"
-
-
-def estimate(values: np.ndarray) -> dict[str, Any]:
-    """Mean, its standard error (None of fewer than two), and the number of values."""
-    n = len(values)
-    stderr = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
-    return {"value": float(values.mean()) if n else None, "stderr": stderr, "n": n}
 
 
 def _metrics(result: Result, table: pa.Table) -> Iterator[tuple[str, np.ndarray]]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 from analysis import suites
 from analysis.code import KINDS, CodeOptions, CodeTask
 from analysis.harness import MAX_NEW_TOKENS, check_ties, harness, open_lm
-from analysis.results import Scored
+from analysis.results import Scored, estimate
 from analysis.subject import Subject, Target
 from analysis.suites import FOLDERS, HELDOUT, TASKS, Asked, Part, Row, Task, doc_hash
 from analysis.sweep import Study
@@ -168,13 +168,6 @@ def paired(a: pa.Table, b: pa.Table, metric: str) -> tuple[float, float | None, 
         raise UserError("the items were asked with other prompts (shots?), and cannot be compared")
     found = estimate([second[key][metric] - first[key][metric] for key in common])
     return found["value"], found["stderr"], found["n"]
-
-
-def estimate(values: Iterable[float]) -> dict[str, Any]:
-    """Mean of observations, its standard error (None of fewer than two), and their number."""
-    x = np.array(list(values), np.float64)
-    stderr = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
-    return {"value": float(x.mean()), "stderr": stderr, "n": len(x)}
 
 
 # ---- tasks of the harness ------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from analysis import results
-from analysis.results import Result, Scored
+from analysis.results import Result, Scored, estimate
 from analysis.subject import Subject, Target
 from analysis.sweep import Study
 from checkpoint.manifest import Manifest
@@ -403,7 +403,7 @@ def summarize(table: pa.Table, asked: Memorization, latest: int | None, ties: in
     scores, extractable = matched / asked.continuation, matched == asked.continuation
 
     def figures(where: Any) -> dict[str, Any]:
-        return {"score": _estimate(scores[where]), "extractable": _estimate(extractable[where])}
+        return {"score": estimate(scores[where]), "extractable": estimate(extractable[where])}
 
     by_chunk = {int(c): figures(chunk == c) for c in np.unique(chunk)}
     column = lambda name, part: [f[name][part] for f in by_chunk.values()]  # noqa: E731
@@ -427,13 +427,6 @@ def summarize(table: pa.Table, asked: Memorization, latest: int | None, ties: in
         "histogram": np.bincount(matched, minlength=asked.continuation + 1).tolist(),
         "ties": ties,
     }
-
-
-def _estimate(values: np.ndarray) -> dict[str, Any]:
-    """A mean with its standard error."""
-    n = len(values)
-    stderr = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return {"value": float(np.mean(values)) if n else None, "stderr": stderr, "n": n}
 
 
 # ---- what the results of a series say together -----------------------------------------------------------------------

@@ -8,9 +8,10 @@ A result counts from the moment that its JSON is there, which is written last.
 
 import hashlib
 import json
+import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -65,6 +67,14 @@ class Result:
             return pq.read_table(file)
         except (OSError, pa.ArrowException) as e:
             raise RunError(f"{file}: cannot be read ({e}); remove it, and run the study again") from e
+
+
+def estimate(values: Iterable[float]) -> dict[str, Any]:
+    """Mean of observations, its standard error (None of fewer than two), and their number."""
+    x = np.array(list(values), np.float64)
+    n = len(x)
+    stderr = float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    return {"value": float(x.mean()) if n else None, "stderr": stderr, "n": n}
 
 
 def folder(run: Path, kind: str) -> Path:

@@ -24,8 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from analysis.contamination import estimate
-from analysis.results import Scored
+from analysis.results import Scored, estimate
 from analysis.subject import Subject, Target
 from errors import UserError
 from inference.generate import Sampling
