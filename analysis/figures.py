@@ -330,7 +330,7 @@ def _formatters() -> tuple[type, type]:
 
     class Log(LogFormatter):
         def format_ticks(self, values: Sequence[float]) -> list[str]:
-            shown = super().format_ticks(values)  # which of them have room
+            shown = super().format_ticks(list(values))  # which of them have room
             return [text if name else "" for text, name in zip(ticks(values), shown, strict=True)]
 
     return Linear, Log
