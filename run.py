@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -316,6 +315,10 @@ class Analyze(Generic[T]):
     where: Annotated[Where, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Where)
     json: Json = False
     """Print one JSON object on stdout."""
+
+
+class Evaluate(Analyze[T]):
+    """Benchmarks by lm-evaluation-harness, of the checkpoints that REF names: what is missing of DIR/results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -964,35 +967,30 @@ def logits(args: Logits) -> dict[str, Any]:
     import numpy as np
 
     from inference.forward import forward
-    from layers.region import Region
 
-    _simulate(args.where.simulate)
     try:
         tokens = np.load(args.tokens, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"--tokens {args.tokens}: cannot read it as .npy ({e})") from e
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: give a name that ends in .npz")
-    model, weights, mesh, name = _open(args.ref, args.where.mesh)
-    result = forward(model, weights, tokens, mesh, Region(args.where.compute_dtype))
+    target = _target(args.ref, args.where)
+    subject = target.one()
+    result = forward(target.model, subject.weights, tokens, target.mesh, target.region)
     try:
         np.savez(args.out, logits=result["logits"])
     except OSError as e:
         raise RunError(f"--out {args.out}: cannot write it ({e.strerror})") from e
     shape = list(result["logits"].shape)
     if not args.json:
-        print(f"{args.out}: logits float32 {shape} of {name}")
-    return {"checkpoint": name, "out": str(args.out), "shape": shape, "dtype": "float32"}
+        print(f"{args.out}: logits float32 {shape} of {subject.name}")
+    return {"checkpoint": subject.name, "out": str(args.out), "shape": shape, "dtype": "float32"}
 
 
 def generate(args: Generate) -> dict[str, Any]:
     """Verb `generate`."""
-    from checkpoint.series import parse_ref
     from inference.generate import Sampling
-    from inference.generate import generate as generate_tokens
-    from layers.region import Region
 
-    _simulate(args.where.simulate)
     if not args.prompt:
         raise UserError('generate: no prompt; give --prompt "…" at least once')
     for prompt in args.prompt:
@@ -1000,36 +998,24 @@ def generate(args: Generate) -> dict[str, Any]:
             prompt.encode()
         except UnicodeEncodeError as e:  # bytes that are not UTF-8 reach Python as lone surrogates
             raise UserError(f"--prompt {prompt!r}: not UTF-8 ({e.reason} at character {e.start})") from e
-    model, weights, mesh, name = _open(args.ref, args.where.mesh)
-    tokenizer = _tokenizer(args.tokenizer or parse_ref(args.ref)[0], model, needed=True)
+    target = _target(args.ref, args.where, tokenizer=args.tokenizer)
+    subject, tokenizer = target.one(), target.tokenizer
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = [tokenizer.encode(p, special=args.special) for p in args.prompt]
-    new = generate_tokens(
-        model, weights, prompts, mesh, Region(args.where.compute_dtype), sampling, tokenizer.eos_id, not args.no_cache
-    )
+    new = subject.generate(prompts, sampling, use_cache=not args.no_cache)
     texts = [tokenizer.decode(p + n) for p, n in zip(prompts, new, strict=True)]
     if not args.json:
         print("\n---\n".join(texts))
     continuations = [{"prompt": p, "text": t, "new_tokens": n} for p, t, n in zip(args.prompt, texts, new, strict=True)]
-    return {"checkpoint": name, "continuations": continuations}
+    return {"checkpoint": subject.name, "continuations": continuations}
 
 
 def analyze(args: Analyze[Any]) -> tuple[dict[str, Any], int]:
     """Verb `analyze`, and `evaluate`, which is the study of that name."""
     from analysis.results import lines
-    from analysis.subject import Target
     from analysis.sweep import sweep
 
-    _simulate(args.where.simulate)
-    target = Target(
-        args.ref,
-        families(),
-        open_data,
-        mesh=args.where.mesh,
-        compute_dtype=args.where.compute_dtype,
-        data=args.data,
-        tokenizer=args.tokenizer,
-    )
+    target = _target(args.ref, args.where, data=args.data, tokenizer=args.tokenizer)
     opened = args.study.open(target, note)
     outcome = sweep(target, opened, note, overwrite=args.overwrite, name=args.name)
     if opened and not args.json:
@@ -1084,17 +1070,27 @@ def export(args: Export) -> dict[str, Any]:
 
     if not 1e-6 <= args.shard_gb < math.inf:
         raise UserError(f"--shard-gb {args.shard_gb}: must be a positive number of gigabytes")
-    run, entry, model, recipe = _find(args.ref)
+    target = _target(args.ref, Where(), tokenizer=args.tokenizer)
+    model, entry = target.model, target.entry
+    name = f"{target.run}@{entry.manifest.name}"
     form = next(f for f in formats().values() if f.model is type(model))
-    tokenizer = _tokenizer(args.tokenizer or run, model, needed=args.tokenizer is not None)
     shard_bytes = int(args.shard_gb * 1e9)
     proof, seconds = export_folder(
-        entry, model, recipe, args.out, form, args.dtype, shard_bytes, tokenizer, args.transformers, note
+        entry,
+        model,
+        target.recipe,
+        args.out,
+        form,
+        args.dtype,
+        shard_bytes,
+        target.find_tokenizer(),
+        args.transformers,
+        note,
     )
     if not args.json:
-        print(f"{args.out}: {run}@{entry.manifest.name} as a Hugging Face folder, digest {proof.digest}")
+        print(f"{args.out}: {name} as a Hugging Face folder, digest {proof.digest}")
     return {
-        "checkpoint": f"{run}@{entry.manifest.name}",
+        "checkpoint": name,
         "out": str(args.out),
         "seconds": seconds,
         "parity": dataclasses.asdict(proof),
@@ -1156,55 +1152,12 @@ def _simulate(devices: int | None) -> None:
         simulate(devices)
 
 
-def _open(ref: str, mesh_text: str) -> tuple[Any, Any, Any, str]:
-    """Model, parameters placed on a mesh, the mesh, and the name of one checkpoint of a run."""
-    import jax
+def _target(ref: str, where: Where, **more: Any) -> Any:
+    """What checkpoints of a run are looked at with: `analysis.subject.Target`."""
+    from analysis.subject import Target
 
-    from checkpoint.series import restore
-    from layers import params
-    from parallel.mesh import MeshConfig
-
-    run, entry, model, _ = _find(ref)
-    wanted = MeshConfig.parse(mesh_text)
-    devices = jax.devices()
-    if -1 not in wanted.degrees.values() and jax.process_count() == 1:
-        devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
-    mesh = wanted.build(devices)
-    params.check_divides(model.abstract, mesh.shape)
-    weights, _ = restore(entry, params=params.abstract_arrays(model.abstract, mesh), optimizer=None)
-    return model, weights, mesh, f"{run}@{entry.manifest.name}"
-
-
-def _find(ref: str) -> tuple[Path, Any, Any, str | None]:
-    """Run directory, checkpoint, model and recipe name of a reference that names one checkpoint."""
-    from checkpoint.series import Series, parse_ref
-    from training.config import model_from_dict
-
-    run, selector = parse_ref(ref)
-    entries = Series(run).resolve(selector)
-    if len(entries) != 1:
-        raise UserError(f"{ref}: names {len(entries)} checkpoints, and this verb takes one")
-    try:
-        value = json.loads((run / "config.json").read_text())
-        return run, entries[0], model_from_dict(value, families()), value.get("recipe")
-    except (OSError, ValueError) as e:
-        raise UserError(f"{run}: cannot read its config.json ({e}); is it a run directory?") from e
-
-
-def _tokenizer(path: Path, model: Any, needed: bool) -> Any:
-    """The tokenizer of a file or folder, checked against the model; None if it need not be there and is not."""
-    from data import tokenizer as tokenizers
-
-    if not needed and not tokenizers.files_in(path):
-        return None
-    with tempfile.TemporaryDirectory() as scratch:
-        if storage.is_remote(path):
-            for file in tokenizers.files_in(path):
-                Path(scratch, file.name).write_bytes(storage.read(file))
-            path = Path(scratch)
-        tokenizer = tokenizers.load(path)
-    tokenizer.check_fits(model.vocab_size)
-    return tokenizer
+    _simulate(where.simulate)
+    return Target(ref, families(), open_data, mesh=where.mesh, compute_dtype=where.compute_dtype, **more)
 
 
 # ---- from words to calls -------------------------------------------------------------------------------------------
@@ -1241,7 +1194,7 @@ VERBS: dict[str, tuple[Any, bool, Callable[[Any], Any]]] = {
     "mixtures": (Mixtures, True, mixtures),
     "logits": (Logits, False, logits),
     "generate": (Generate, False, generate),
-    "evaluate": (Analyze, False, analyze),
+    "evaluate": (Evaluate, False, analyze),
     "analyze": (Analyze, False, analyze),
     "report": (Report, False, report),
     "import": (Import, False, import_hf),

@@ -12,7 +12,6 @@ that was killed goes on, and later checkpoints cost nothing.
 """
 
 import hashlib
-import json
 import math
 import re
 import sys
@@ -99,7 +98,7 @@ class Contamination:
         tokenizer = found_in.tokenizer or target.tokenizer
         items = self._read(note)
         grams = Grams.of([item.text for item in items], self.n, self.shortest)
-        digest = _digest([_SCAN, found_in.data.sha256, tokenizer.sha256, self.n, self.shortest, items])
+        digest = results.sha256_of([_SCAN, found_in.data.sha256, tokenizer.sha256, self.n, self.shortest, items])
         folder = results.folder(target.run, KIND) / f"scan-{digest[:16]}"
         pieces = token_pieces(tokenizer, found_in.data.vocab_size)
         hits, scanned = scan(found_in.data, grams, pieces, folder, self.workers, note)
@@ -608,7 +607,7 @@ class Overlaps:
             "share": asked.share,
             "data": (tracer.mixed or tracer.data).sha256,
             "tokenizer": tokenizer_sha256,
-            "items": {task: _digest([i for i in items if i.task == task]) for task in self._tasks},
+            "items": {task: results.sha256_of([i for i in items if i.task == task]) for task in self._tasks},
             "skipped": [[skip.step, skip.until] for skip in target.record.skips],
         }
 
@@ -633,8 +632,8 @@ class Overlaps:
             if found and not any(results.table_path(r.path, "items").exists() for r in found):
                 note(f"{task}: {_NO_TABLE}, so that there are no scores with and without what was seen")
         kinds = [k for k in results.kinds(self._run) if re.fullmatch(f"{KIND}(-[A-Za-z0-9_.]+)?", k)]
-        now = results.settings_sha256(self._settings)
-        own = [r for k in kinds for r in results.of_kind(self._run, k) if results.settings_sha256(r.settings) == now]
+        now = results.sha256_of(self._settings)
+        own = [r for k in kinds for r in results.of_kind(self._run, k) if results.sha256_of(r.settings) == now]
         chosen = {e.manifest.name: e for e in target.series.resolve(target.selector)} if own else {}
         for result in own:
             entry = chosen.get(result.path.stem)
@@ -775,8 +774,4 @@ def _evaluated(run: Path, task: str, entry: Entry) -> Result | None:
 
 
 def _settings_of(evaluated: Result | None) -> str | None:
-    return None if evaluated is None else results.settings_sha256(evaluated.settings)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return None if evaluated is None else results.sha256_of(evaluated.settings)

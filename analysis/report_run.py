@@ -70,7 +70,7 @@ class Found:
 
     def _compare_settings(self, kind: str) -> None:
         """Results of a sweep over other settings than the one before are of other measurements, yet of one kind."""
-        made = {results.settings_sha256(r.settings): r.settings for r in self.results[kind]}
+        made = {results.sha256_of(r.settings): r.settings for r in self.results[kind]}
         if len(made) < 2:
             return
         names = sorted({name for settings in made.values() for name in settings})

@@ -364,6 +364,9 @@ def contamination(f: Found) -> Iterator[Section]:
             section.heading(f"Scores with and without the items seen at {name}")
             parts = [f"{a}, {b}" for a in ("all", "without seen", "only seen") for b in ("score", "error", "n")]
             section.table(f"Scores with and without items seen, {kind}", ("task", "metric", *parts), scores)
+        missing = [f"{task}, {t['scores_missing']}" for task, t in tasks.items() if t.get("scores_missing")]
+        if missing:
+            section.text("No scores with and without the items seen: " + "; ".join(missing) + ".")
         if len(found) > 1 and any(t["seen"] for t in tasks.values()):
             at = [f.at(r) for r in found]
             counts = {t: [r.summary["tasks"].get(t, {}).get("seen", 0) for r in found] for t in tasks}

@@ -92,9 +92,9 @@ def digest_of(entry: Entry) -> str:
     return entry.manifest.digests.get("params") or entry.sha256
 
 
-def settings_sha256(settings: Mapping[str, Any]) -> str:
-    """Of what a result depends on besides the checkpoint."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+def sha256_of(value: Any) -> str:
+    """Of a value as JSON: settings, which are what a result depends on besides the checkpoint, or a part of them."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write(
@@ -117,7 +117,7 @@ def write(
         "kind": kind,
         "checkpoint": checkpoint,
         "settings": dict(settings),
-        "settings_sha256": settings_sha256(settings),
+        "settings_sha256": sha256_of(settings),
         "tables": sorted(scored.tables),
         "summary": dict(scored.summary),
         "measured": measured,

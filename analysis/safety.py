@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from analysis.results import Scored, estimate
+from analysis.results import Scored, estimate, sha256_of
 from analysis.subject import Subject, Target
 from errors import UserError
 from inference.generate import Sampling
@@ -109,7 +109,7 @@ class BoldStudy:
         return {
             "version": VERSION,
             "limit": self._asked.limit,
-            "prompts": _digest([[r["domain"], r["number"], r["group"], r["prompt"]] for r in self._rows]),
+            "prompts": sha256_of([[r["domain"], r["number"], r["group"], r["prompt"]] for r in self._rows]),
             "vader": metadata.version("vaderSentiment"),
             **self._writer.settings(),
         }
@@ -245,7 +245,7 @@ class ToxicityStudy:
 
     def settings(self) -> Mapping[str, Any]:
         """Texts, examples, and how answers are generated."""
-        prompts = {name: _digest([s.form, list(s.texts), question("", s.form)]) for name, s in self._sets.items()}
+        prompts = {name: sha256_of([s.form, list(s.texts), question("", s.form)]) for name, s in self._sets.items()}
         return {"version": VERSION, "sets": prompts, **self._writer.settings()}
 
     def score(self, subject: Subject) -> Scored:
@@ -440,7 +440,7 @@ class ToxigenStudy:
         """Prompts, sampling, and what the classifier is."""
         return {
             "version": VERSION,
-            "prompts": {key: _digest(list(prompts)) for key, prompts in self._prompts.items()},
+            "prompts": {key: sha256_of(list(prompts)) for key, prompts in self._prompts.items()},
             "samples": self._asked.samples,
             "classifier": self._identity,
             **self._writer.settings(),
@@ -686,7 +686,3 @@ def _table(file: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{file}: is empty, or not a .csv with a line of column names")
     return rows
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from checkpoint import storage
 from checkpoint.manifest import Entry
 from checkpoint.series import Series, parse_ref, restore
 from data.chunks import MANIFEST
@@ -62,7 +64,9 @@ class Target:
         self.series = Series(self.run)
         self._families, self._open_data, self._data, self._tokenizer = families, open_data, data, tokenizer
         try:
-            self.model: ModelConfig = model_from_dict(json.loads((self.run / "config.json").read_text()), families)
+            config = json.loads((self.run / "config.json").read_text())
+            self.model: ModelConfig = model_from_dict(config, families)
+            self.recipe: str | None = config.get("recipe")
         except (OSError, ValueError) as e:
             raise UserError(f"{self.run}: cannot read its config.json ({e}); is it a run directory?") from e
         self.wanted_mesh = MeshConfig.parse(mesh)
@@ -85,12 +89,42 @@ class Target:
         Raises:
             UserError: there is none, or it does not fit the model.
         """
+        found = self.find_tokenizer()
+        if found is None:
+            raise UserError(f"{self.run}: has no tokenizer; give one with --tokenizer")
+        return found
+
+    def find_tokenizer(self) -> Tokenizer | None:
+        """As `tokenizer`, but None where none was given and the run has none."""
         where = self._tokenizer or self.run
         if self._tokenizer is None and not files_in(where):
-            raise UserError(f"{where}: has no tokenizer; give one with --tokenizer")
-        found = load(where)
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            if storage.is_remote(where):
+                for file in files_in(where):
+                    Path(scratch, file.name).write_bytes(storage.read(file))
+                where = Path(scratch)
+            found = load(where)
         found.check_fits(self.model.vocab_size)
         return found
+
+    def one(self) -> "Subject":
+        """The checkpoint that the reference names, with its parameters.
+
+        Raises:
+            UserError: it names none, or several.
+            RunError: damaged or missing files.
+        """
+        entry = self.entry
+        return Subject(self, entry, self.load(entry))
+
+    @cached_property
+    def entry(self) -> Entry:
+        """The checkpoint that the reference names. UserError: it names none, or several."""
+        entries = self.series.resolve(self.selector)
+        if len(entries) != 1:
+            raise UserError(f"{self.run}@{self.selector}: names {len(entries)} checkpoints, and this verb takes one")
+        return entries[0]
 
     @cached_property
     def trained(self) -> bool:
@@ -170,12 +204,19 @@ class Subject:
     weights: Any
     """Parameters on the target's mesh; None for a study that reads them itself."""
 
+    @property
+    def name(self) -> str:
+        """``DIR@NAME``."""
+        return f"{self.target.run}@{self.entry.manifest.name}"
+
     def score(self, rows: Any, batch_tokens: int = 16384) -> list[TokenScores]:
         """Teacher-forced scores of rows of tokens: `inference.score.score`."""
         t = self.target
         return score(t.model, self.weights, rows, t.mesh, t.region, batch_tokens)
 
-    def generate(self, prompts: Any, sampling: Sampling, seeds: Any = None) -> list[list[int]]:
+    def generate(
+        self, prompts: Any, sampling: Sampling, *, use_cache: bool = True, seeds: Any = None
+    ) -> list[list[int]]:
         """Continuations of prompts, any number of them and of any lengths: `inference.generate.generate`."""
-        t = self.target
-        return generate(t.model, self.weights, prompts, t.mesh, t.region, sampling, t.tokenizer.eos_id, seeds=seeds)
+        t, eos_id = self.target, self.target.tokenizer.eos_id
+        return generate(t.model, self.weights, prompts, t.mesh, t.region, sampling, eos_id, use_cache, seeds)

@@ -104,7 +104,7 @@ def sweep(
     for lost, why in outcome.failed.items():
         note(f"{lost}: left out: {why}")
     known = {study: _known(target, study, kind_of[study], overwrite) for study in studies}
-    settings = {study: results.settings_sha256(study.settings()) for study in studies}
+    settings = {study: results.sha256_of(study.settings()) for study in studies}
     todo: list[tuple[Entry, list[Study]]] = []
     for entry in entries:
         there = {study: known[study].get(entry.manifest.name) for study in studies}
@@ -166,7 +166,7 @@ def _known(target: Target, study: Study, kind: str, overwrite: bool) -> dict[str
     found = {r.path.stem: r for r in results.of_kind(target.run, kind)}
     now = dict(study.settings())
     for there in [] if overwrite else found.values():
-        if results.settings_sha256(there.settings) != results.settings_sha256(now):
+        if results.sha256_of(there.settings) != results.sha256_of(now):
             other = [k for k in {**there.settings, **now} if there.settings.get(k) != now.get(k)]
             raise UserError(
                 f"{there.path}: was made with other settings ({', '.join(sorted(other))}); give --name to keep both, "
@@ -181,7 +181,7 @@ def _holds(there: Result | None, entry: Entry, settings: str) -> bool:
         return False
     if not all(results.table_path(there.path, name).exists() for name in there.tables):
         return False
-    return results.settings_sha256(there.settings) == settings
+    return results.sha256_of(there.settings) == settings
 
 
 def _entries(target: Target) -> tuple[list[Entry], dict[str, str]]:

@@ -254,7 +254,7 @@ def test_scores_with_and_without_what_was_seen(folder, tmp_path):
     summary = rows_of(again, entry, t)[0]
     scores = summary["scores"]
     assert summary["scores_missing"] is None
-    assert summary["evaluation"] == results.settings_sha256({"shots": 0})
+    assert summary["evaluation"] == results.sha256_of({"shots": 0})
     assert set(scores) == {"acc", "acc_norm"}, "a perplexity is no mean, and a target no score"
     n, k = len(ITEMS), len(seen)
     assert scores["acc"]["all"] == pytest.approx(

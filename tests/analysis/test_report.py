@@ -134,7 +134,11 @@ def _studies(run):
             "seen": n,
             "seen_share": n / 8,
         }
-        put("contamination", {"n": 13, "step": n, "scanned": {}, "tasks": {"piqa": {**task, "scores": scores}}})
+        tasks = {
+            "piqa": {**task, "scores": scores, "scores_missing": None},
+            "mbpp": {**task, "scores": {}, "scores_missing": "its results have no table of items"},
+        }
+        put("contamination", {"n": 13, "step": n, "scanned": {}, "tasks": tasks})
 
 
 def _target(run):
@@ -168,6 +172,7 @@ def test_all_sections_are_there(made):
     assert "data=8 → data=4,fsdp=2" in page.said
     assert "restart on data=4,fsdp=2" in page.said  # inside the figure, as text
     assert "published Amber" in page.said
+    assert "No scores with and without the items seen: mbpp, its results have no table of items." in page.said
 
 
 def test_the_page_stands_alone_and_is_sound(made):
