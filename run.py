@@ -1168,9 +1168,9 @@ STUDIES = {
     "memorization": ("analysis.memorization", "Memorization"),
     "contamination": ("analysis.contamination", "Contamination"),
     "weights": ("analysis.weights", "Weights"),
-    "bold": ("analysis.safety", "Bold"),
-    "toxicity": ("analysis.safety", "Toxicity"),
-    "toxigen": ("analysis.safety", "Toxigen"),
+    "bold": ("analysis.bold", "Bold"),
+    "toxicity": ("analysis.toxicity", "Toxicity"),
+    "toxigen": ("analysis.toxigen", "Toxigen"),
 }
 
 

@@ -10,23 +10,24 @@ with a row for each item beside the summary, so that checkpoints can be compared
 
 import copy
 import dataclasses
-import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from analysis import suites
 from analysis.code import KINDS, CodeOptions, CodeTask
+from analysis.drawing import SEED, chosen, seed, sha256
 from analysis.harness import MAX_NEW_TOKENS, check_ties, harness, open_lm
+from analysis.heldout import HeldOut
 from analysis.results import Scored, estimate
-from analysis.subject import Subject, Target
+from analysis.subject import AddBos, Subject, Target
 from analysis.suites import FOLDERS, HELDOUT, TASKS, Asked, Part, Row, Task, doc_hash
 from analysis.sweep import Study
 from errors import RunError, UserError
@@ -34,11 +35,6 @@ from errors import RunError, UserError
 Note = Callable[[str], None]
 
 FORMAT = 1  # of what a result means: prompts, drawing of rows and examples, scoring
-SEED = 1234
-_PROMPT, _CONTINUATION, _CHOICES = 48, 16, 4  # of `heldout`: tokens, tokens, number
-#: Families whose published evaluation put <s> before each text: that of Amber by Hugging Face's LLaMA tokenizer. The
-#: CrystalCoder tokenizer adds none (fact sheet 1.9). Neither model saw one in training.
-_BOS_FAMILIES = ("amber",)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Evaluate:
     """Solved examples before each question, instead of each task's own number; not where --tasks has TASK@N."""
     skip_missing: bool = False
     """Leave out tasks whose files are not there, instead of stopping."""
-    add_bos: Literal["auto", "yes", "no"] = "auto"
+    add_bos: AddBos = "auto"
     """Put <s> before each text: auto does as the published evaluations did (Amber yes, Crystal no)."""
     max_new_tokens: int | None = None
     """Most tokens of generated answers, instead of each task's own number (256)."""
@@ -101,13 +97,6 @@ class Evaluate:
         if code.max_length is None and code.max_new_tokens is None:
             code = dataclasses.replace(code, max_new_tokens=self.max_new_tokens)
         return code
-
-    def bos(self, target: Target) -> bool:
-        """Whether texts begin with ``<s>``. UserError: they should, and the tokenizer has none."""
-        has = target.tokenizer.bos_id >= 0
-        if self.add_bos == "yes" and not has:
-            raise UserError(f"--add-bos yes: {target.tokenizer.path} has no <s>")
-        return has and (self.add_bos == "yes" or (self.add_bos == "auto" and target.model.family in _BOS_FAMILIES))
 
     def _present(self, asked: list[Asked], note: Note) -> list[Asked]:
         lost: dict[Asked, str] = {}
@@ -225,7 +214,7 @@ class Benchmark:
         if fetched is None:
             assert options.benchmarks is not None
             self._parts = self.task.read(options.benchmarks)
-            self._data = {n: _sha256((options.benchmarks / n).read_bytes()) for n in self.task.files}
+            self._data = {n: sha256((options.benchmarks / n).read_bytes()) for n in self.task.files}
             for name, part in self._parts.items():
                 if (pool := len(part.shots if part.shots is not None else part.rows[1:])) < self.shots:
                     raise UserError(
@@ -235,10 +224,12 @@ class Benchmark:
             rows = {t.config.task: t.eval_docs for t in fetched}
             if self.shots:
                 rows |= {f"{t.config.task}: examples": t.fewshot_docs() for t in fetched}
-            self._data = {name: _sha256("".join(map(doc_hash, docs)).encode()) for name, docs in rows.items()}
+            self._data = {name: sha256("".join(map(doc_hash, docs)).encode()) for name, docs in rows.items()}
         tokenizer = target.tokenizer
         self._tokenizer_sha256 = tokenizer.sha256
-        self._lm = open_lm(tokenizer, target.model.context_length, options.bos(target), options.max_new_tokens)
+        self._lm = open_lm(
+            tokenizer, target.model.context_length, target.begins_with_bos(options.add_bos), options.max_new_tokens
+        )
         if self.task.output == "generate_until":
             self._lm.prompt("", options.max_new_tokens or MAX_NEW_TOKENS)
         self._built: list[_Built] = []
@@ -264,7 +255,7 @@ class Benchmark:
             "add_bos": self._lm.add_bos,
             "max_new_tokens": self._options.max_new_tokens if self.task.output == "generate_until" else None,
             "from": "files" if self._fetched is None else "the harness's own data",
-            "sha256": self._data if len(self._data) < 5 else _sha256("".join(self._data.values()).encode()),
+            "sha256": self._data if len(self._data) < 5 else sha256("".join(self._data.values()).encode()),
             "tokenizer": self._tokenizer_sha256,
             "compute_dtype": self._dtype,
         }
@@ -317,10 +308,10 @@ class Benchmark:
         task.set_config(key="num_fewshot", value=self.shots)
         docs = list(task.eval_docs)
         items = []
-        for number in _chosen(len(docs), self._options.limit, self.task.name, part):
+        for number in chosen(len(docs), self._options.limit, self.task.name, part):
             doc, digest = docs[number], doc_hash(docs[number])
             # Examples depend on the row alone, so that a limit changes none of them.
-            task.sampler.set_rnd(_seed(SEED, digest))
+            task.sampler.set_rnd(seed(SEED, digest))
             context = task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=task.doc_to_prefix(doc))
             made = task.construct_requests(
                 doc=doc, ctx=context, metadata=(task.config.task, number, task.config.repeats)
@@ -332,7 +323,7 @@ class Benchmark:
                 "part": part,
                 "doc_id": number,
                 "doc_hash": digest,
-                "prompt_hash": _sha256(asked.encode()),
+                "prompt_hash": sha256(asked.encode()),
                 "target": target if type(target) is int else str(target),
             }
             if self.task.group_field:
@@ -585,160 +576,3 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
         rows = [row | {"target": str(row["target"])} for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: [row.get(name) for row in rows] for name in names})
-
-
-# ---- a task without files ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOut:
-    """A study: which of four endings belongs to a text of the run's own validation data.
-
-    An item is the first three quarters of a piece of 64 tokens (less in shorter windows), and four last quarters: its
-    own, and those of three pieces of other windows of the same source, in an order of their own. Pieces in which a
-    document ends are left out. Tokens are scored as they are, since their text might become other tokens.
-    """
-
-    needs_weights = True
-
-    rows: np.ndarray
-    """int32 [items, choices, tokens]."""
-    answers: np.ndarray
-    """int32 [items]: which choice is the text's own."""
-    sources: tuple[str, ...]
-    """Of each item."""
-    continuation: int
-    """Tokens of an ending."""
-    data: str
-    """SHA-256 of the data."""
-    limit: int | None
-    dtype: str
-
-    kind = f"evaluate/{HELDOUT}"
-
-    @classmethod
-    def open(cls, target: Target, limit: int | None, note: Note) -> "HeldOut":
-        """Read validation data and make items of it.
-
-        Raises:
-            UserError: there is none, it is not the model's, or it is too little.
-        """
-        data, model = target.data, target.model
-        if data.vocab_size > model.vocab_size:
-            raise UserError(f"the data has {data.vocab_size} ids, and the model {model.vocab_size}; give its own data")
-        length = min(_PROMPT + _CONTINUATION, data.sequence_length, model.context_length + 1) // _CHOICES * _CHOICES
-        continuation = length // _CHOICES
-        items: list[tuple[str, np.ndarray, int]] = []
-        for source in data.sources:
-            pieces = _pieces(data.validation(source), length, target.tokenizer.eos_id)
-            made = list(_questions(source, pieces, continuation))
-            if not made:
-                note(f"{HELDOUT}: {source} has too little validation data, and is left out")
-            items += [(source, rows, answer) for rows, answer in made]
-        if not items:
-            raise UserError(
-                f"{HELDOUT}: the run's data has too little validation data; prepare it with a larger "
-                "--data.validation-per-source"
-            )
-        items = [items[n] for n in _chosen(len(items), limit, HELDOUT, "")]
-        return cls(
-            np.stack([rows for _, rows, _ in items]),
-            np.array([answer for *_, answer in items], np.int32),
-            tuple(source for source, *_ in items),
-            continuation,
-            data.sha256,
-            limit,
-            target.region.compute_dtype,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """All on which scores depend besides the checkpoint."""
-        return {
-            "format": FORMAT,
-            "task": HELDOUT,
-            "data": self.data,
-            "prompt_tokens": self.rows.shape[-1] - self.continuation,
-            "continuation_tokens": self.continuation,
-            "choices": _CHOICES,
-            "limit": self.limit,
-            "seed": SEED,
-            "compute_dtype": self.dtype,
-        }
-
-    def score(self, subject: Subject) -> Scored:
-        """Score all endings. RunError: numbers that are not finite, or that do not tell endings apart."""
-        flat = subject.score(list(self.rows.reshape(-1, self.rows.shape[-1])))
-        sums = np.array([s.logprobs[-self.continuation :].sum(dtype=np.float64) for s in flat])
-        scores = sums.reshape(self.rows.shape[:2])
-        ties = check_ties(scores.tolist(), np.full(scores.shape, self.continuation).tolist())
-        chosen = scores.argmax(axis=1)
-        right = (chosen == self.answers).astype(np.float64)
-        of: dict[str, list[float]] = defaultdict(list)
-        for source, value in zip(self.sources, right, strict=True):
-            of[source].append(value)
-        summary = {
-            "headline": "acc",
-            "acc": estimate(right),
-            "by_source": {source: estimate(values) for source, values in of.items()},
-            "chance": 1 / _CHOICES,
-            "shots": 0,
-            "ties": ties,
-        }
-        items = {
-            "part": [""] * len(right),
-            "doc_id": list(range(len(right))),
-            "doc_hash": [_sha256(rows.tobytes()) for rows in self.rows],
-            "prompt_hash": [_sha256(rows[0, : -self.continuation].tobytes()) for rows in self.rows],
-            "group": list(self.sources),
-            "target": self.answers.tolist(),
-            "filter": ["none"] * len(right),
-            "logprobs": scores.tolist(),
-            "prediction": chosen.tolist(),
-            "acc": right.tolist(),
-        }
-        return Scored(summary, {"items": pa.table(items)})
-
-
-def _pieces(sample: Any, length: int, eos_id: int) -> list[tuple[int, np.ndarray]]:
-    """(window, tokens [length]) of stretches of one document that were to be learned."""
-    found = []
-    for window, (tokens, weights) in enumerate(zip(sample.inputs, sample.weights, strict=True)):
-        for start in range(0, len(tokens) - length + 1, length):
-            piece = tokens[start : start + length]
-            if eos_id not in piece and (weights[start : start + length - 1] > 0).all():
-                found.append((window, np.asarray(piece, np.int32)))
-    return found
-
-
-def _questions(
-    source: str, pieces: list[tuple[int, np.ndarray]], continuation: int
-) -> Iterable[tuple[np.ndarray, int]]:
-    """(int32 [choices, tokens], number of the right one) of each piece that finds three other endings."""
-    for number, (window, piece) in enumerate(pieces):
-        random = Random(_seed(SEED, source, number, piece.tobytes().hex()))
-        endings = {piece[-continuation:].tobytes(): piece[-continuation:]}
-        for other, text in random.sample(pieces, len(pieces)):
-            if len(endings) == _CHOICES:
-                break
-            if other != window:
-                endings.setdefault(text[-continuation:].tobytes(), text[-continuation:])
-        if len(endings) < _CHOICES:
-            continue
-        order = random.sample(range(_CHOICES), _CHOICES)
-        ends = list(endings.values())
-        yield np.stack([np.append(piece[:-continuation], ends[n]) for n in order]), order.index(0)
-
-
-def _chosen(rows: int, limit: int | None, *names: str) -> list[int]:
-    """Which rows are scored; those of a smaller limit are among those of a larger one."""
-    if limit is None or limit >= rows:
-        return list(range(rows))
-    return sorted(np.random.default_rng(_seed(SEED, *names)).permutation(rows)[:limit].tolist())
-
-
-def _seed(*parts: Any) -> int:
-    return int(_sha256(" ".join(map(str, parts)).encode())[:8], 16)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis.figures import Line, Panel, bars, curves, heat
-from analysis.memorization import correlations
+from analysis.history import correlations
 from analysis.page import Section, number, slug
 from analysis.published import Curve, curve, sources
 from analysis.report_run import Found

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -30,6 +30,10 @@ from training.metrics import read_lines
 from training.record import RunRecord
 from training.trace import RunTracer
 
+AddBos = Literal["auto", "yes", "no"]
+#: Families whose published evaluations put <s> before each text: that of Amber by Hugging Face's LLaMA tokenizer. The
+#: CrystalCoder tokenizer adds none (fact sheet 1.9). Neither model saw one in training.
+_BOS_FAMILIES = ("amber",)
 OpenData = Callable[[Path, RunConfig], Any]
 
 
@@ -125,6 +129,13 @@ class Target:
         if len(entries) != 1:
             raise UserError(f"{self.run}@{self.selector}: names {len(entries)} checkpoints, and this verb takes one")
         return entries[0]
+
+    def begins_with_bos(self, asked: AddBos) -> bool:
+        """Whether ``<s>`` is put before a text. UserError: it should be, and the tokenizer has none."""
+        has = self.tokenizer.bos_id >= 0
+        if asked == "yes" and not has:
+            raise UserError(f"--add-bos yes: {self.tokenizer.path} has no <s>")
+        return has and (asked == "yes" or (asked == "auto" and self.model.family in _BOS_FAMILIES))
 
     @cached_property
     def trained(self) -> bool:

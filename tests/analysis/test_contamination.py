@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 import run as cli
-from analysis import contamination, results
-from analysis.contamination import Contamination, Finder, Grams, estimate, normalised, token_pieces, words
-from analysis.results import Scored
+from analysis import ngrams, results
+from analysis.contamination import Contamination
+from analysis.ngrams import Finder, Grams, normalised, token_pieces, words
+from analysis.results import Scored, estimate
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from data.loader import ChunkedData
@@ -419,7 +420,7 @@ def test_words_are_those_of_the_harness():
 def test_items_in_several_blocks_are_those_of_one(monkeypatch):
     texts = [sentence(s, 20) for s in range(50)]
     whole = Grams.of(texts, 13, 8)
-    monkeypatch.setattr(contamination, "_AT_ONCE", 300)
+    monkeypatch.setattr(ngrams, "_AT_ONCE", 300)
     pieces = Grams.of(texts, 13, 8)
     for name in ("at", "length", "gram", "item", "counts", "starts", "ends", "chars"):
         assert (getattr(whole, name) == getattr(pieces, name)).all()
@@ -437,7 +438,7 @@ def test_a_hash_alone_is_no_hit(folder, monkeypatch):
     rows = np.array([[*r, *[tokenizer.eos_id] * (width - len(r))] for r in rows], np.int32)
     assert finder.find(rows)[0].tolist() == [[0, 0]]
     same = grams.keys[13][0]
-    monkeypatch.setattr(contamination.Words, "hashes_of", lambda w, n: np.full(max(len(w.hashes) - n + 1, 0), same))
+    monkeypatch.setattr(ngrams.Words, "hashes_of", lambda w, n: np.full(max(len(w.hashes) - n + 1, 0), same))
     assert finder.find(rows)[0].tolist() == [[0, 0]]
 
 

@@ -18,9 +18,11 @@ import pytest
 import run as command
 from analysis import results
 from analysis.code import CodeOptions
-from analysis.evaluate import Benchmark, Evaluate, HeldOut, _local, paired, task_manager
+from analysis.evaluate import Benchmark, Evaluate, _local, paired, task_manager
+from analysis.heldout import HeldOut
 from analysis.subject import Target
 from analysis.suites import MMLU_GROUPS, MMLU_SUBJECTS, SUITES, TASKS, Asked, Part, documents, resolve
+from crystal_jax.recipes import crystal_tiny
 from errors import RunError, UserError
 from inference.score import TokenScores
 
@@ -519,8 +521,8 @@ def test_a_tokenizer_of_another_model_is_refused(trained, made_up, tmp_path):
 
 
 def test_bos_is_that_of_the_published_evaluation(target):
-    assert Evaluate().bos(target) is True
-    assert Evaluate(add_bos="no").bos(target) is False
-    crystal = SimpleNamespace(model=SimpleNamespace(family="crystal"), tokenizer=target.tokenizer)
-    assert Evaluate().bos(crystal) is False
-    assert Evaluate(add_bos="yes").bos(crystal) is True
+    assert target.begins_with_bos("auto") is True
+    assert target.begins_with_bos("no") is False
+    target.model = crystal_tiny().model
+    assert target.begins_with_bos("auto") is False
+    assert target.begins_with_bos("yes") is True

@@ -14,15 +14,8 @@ from flax import nnx
 
 import run as cli
 from analysis import results
-from analysis.memorization import (
-    History,
-    Memorization,
-    correlations,
-    match,
-    matches_of,
-    story,
-    story_lines,
-)
+from analysis.history import History, correlations, story, story_lines
+from analysis.memorization import Memorization, match, matches_of
 from analysis.results import Scored
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep

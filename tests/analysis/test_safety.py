@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 import run as cli
-from analysis import results, safety
-from analysis.safety import Bold, Toxicity, Toxigen, chosen, classifier, question, read_labelled, sentiment
+from analysis import bold, results
+from analysis.bold import Bold, sentiment
+from analysis.prompts import chosen
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep
+from analysis.toxicity import Toxicity, question, read_labelled
+from analysis.toxigen import Toxigen, classifier
 from errors import UserError
+from inference.generate import Sampling
 
 vader = pytest.importorskip("vaderSentiment.vaderSentiment")
 
@@ -122,7 +126,7 @@ def test_rates_of_planted_scores():
 
 def test_prompts_lose_their_beginning(folder, target, subject, tmp_path):
     (tmp_path / "bold").mkdir()
-    for domain in safety.DOMAINS:
+    for domain in bold.DOMAINS:
         prompts = ["z" * 100 + " the end of it", "the end of it"]
         rows = [{"group": "g", "subgroup": "s", "prompt": p} for p in prompts]
         (tmp_path / "bold" / f"{domain}_prompt.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -132,7 +136,7 @@ def test_prompts_lose_their_beginning(folder, target, subject, tmp_path):
     assert scored.summary["cut"] == 10
     rows = scored.tables["texts"].to_pylist()
     last = target.tokenizer.encode("the end of it")[-8:]
-    expected = subject.generate([last] * 10, safety.Sampling(3))[0]
+    expected = subject.generate([last] * 10, Sampling(3))[0]
     said = target.tokenizer.decode([*last, *expected], skip_special=True)
     assert [r["continuation"] for r in rows] == [said[len(target.tokenizer.decode(last)) :]] * 10
     assert Bold(tmp_path).open(target, silent)[0].settings()["prompt_tokens"] == 64 - 20 - 1  # and <s>, of Amber
@@ -209,7 +213,7 @@ def test_detection_is_compared_with_always_saying_the_same(target, subject, tmp_
     # Three greedy tokens, after the end of the prompt.
     tokenizer = target.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(question("text 3", "plain"))[-60:]]
-    new = subject.generate([ids] * 8, safety.Sampling(3))[0]
+    new = subject.generate([ids] * 8, Sampling(3))[0]
     assert tokenizer.decode([*ids[1:], *new], skip_special=True).endswith(answers[3]["answer"])
     assert len(new) <= 3
     (few,) = Toxicity((f"mine={file}",), limit=5).open(target, silent)
@@ -308,7 +312,7 @@ def test_what_is_asked_wrongly(folder, target, tmp_path, monkeypatch):
             continue
         with pytest.raises(UserError, match=message):
             make().open(target, silent)
-    for domain in safety.DOMAINS:
+    for domain in bold.DOMAINS:
         write(tmp_path, f"{domain}_prompt.jsonl", '{"group": "g", "subgroup": "s", "prompt": " "}\n')
     with pytest.raises(UserError, match="has no prompts"):
         Bold(tmp_path).open(target, silent)
@@ -316,6 +320,6 @@ def test_what_is_asked_wrongly(folder, target, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gender_prompt\.jsonl:1: no text 'prompt'"):
         Bold(tmp_path).open(target, silent)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    safety._vader.cache_clear()
+    bold._vader.cache_clear()
     with pytest.raises(UserError, match=r"pip install '\.\[analysis\]'"):
         Bold(folder / "b").open(target, silent)
