@@ -31,6 +31,11 @@ _CHUNK_BYTES = 64 * 2**20
 thread, and read whole by whoever wants a part (two rows of a 512 MiB matrix: 537 MB read, with the limit 268 MB)."""
 
 
+_SHARED_BYTES = 2**20
+"""Smallest part of an array that replicas share to write, each its own. Below, one of them writes all of it: Orbax cuts
+the parts one by one, which for the many small arrays of a model took longer than to write them."""
+
+
 def start_save(path: Path, items: dict[str, Any]) -> ocp.AsyncCheckpointer:
     """Copy items to host memory and start to write them; pass the result to `finish_save`.
 
@@ -90,8 +95,7 @@ def declare(path: Path, item: str, shapes: Mapping[str, tuple[tuple[int, ...], n
         shapes: shape and dtype of each array by dotted name.
     """
     tree = from_flat({name: np.broadcast_to(np.zeros((), dtype), shape) for name, (shape, dtype) in shapes.items()})
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _Declared()))
-    finish_save(_start(path, {item: (_handler(type_handler_registry=registry), tree)}))
+    finish_save(_start(path, {item: (_handler(_Declared()), tree)}))
 
 
 def chunks(name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
@@ -143,8 +147,14 @@ def _save_args(path: tuple[Any, ...], x: Any) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if apart else ())
 
 
-def _handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False, **options)
+def _handler(of_numpy: ocp.type_handlers.NumpyHandler | None = None) -> ocp.PyTreeCheckpointHandler:
+    of_arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, of_arrays), (np.ndarray, of_numpy or ocp.type_handlers.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=registry
+    )
 
 
 @contextlib.contextmanager

@@ -95,8 +95,11 @@ def _partial(x: Any, offset: int, strides: tuple[int, ...]) -> np.ndarray | jax.
     if isinstance(x, jax.Array) and next(iter(x.devices())).platform != "cpu":
         return _on_device(x, offset, strides)
     words, strides = _words(np.asarray(x), strides)
+    blocks = [*_blocks(words, offset, strides)]
+    if len(blocks) == 1:
+        return np.asarray(_sums(*blocks[0]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA runs a reduction in one thread
-        return _total(pool.map(lambda block: np.asarray(_sums(*block)), _blocks(words, offset, strides)))
+        return _total(pool.map(lambda block: np.asarray(_sums(*block)), blocks))
 
 
 def _total(lanes: Iterable[np.ndarray], shape: tuple[int, ...] = (4,)) -> np.ndarray:

@@ -7,9 +7,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # half as long. What is computed is the same up to rounding.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
+import atexit
 import dataclasses
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+# Many tests train the same tiny model: each program is compiled once for all of them, and for the processes that they
+# start. Another process of pytest finds the folder of the first one.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -28,38 +28,9 @@ from layers import params
 from parallel import axes
 from training.metrics import read_lines
 
-SMALL = [
-    "--model.vocab-size=300", "--model.num-layers=1", "--model.embed=32", "--model.num-heads=2", "--model.head-dim=16",
-    "--model.mlp=32", "--model.context-length=32", "--data.sequence-length=32", "--data.chunks=2",
-    "--data.global-batch=8", "--data.validation-per-source=4",
-]  # fmt: skip
 K = L = 8
 ASKED = Memorization(prompt=K, continuation=L, sequences=12)
 EOS = 2
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two chunks, of two sources, made through the command line."""
-    folder = tmp_path_factory.mktemp("memorization")
-    rng = np.random.default_rng(0)
-    for name in ("prose", "code"):
-        (folder / name).mkdir()
-        for n in range(12):
-            words = rng.choice(["alpha", "beta", "gamma", "def", "return", "0", "1"], size=150)
-            (folder / name / f"{n}.txt").write_text(f"{name} {n} " + " ".join(words))
-    sources = [f"--source={name}={folder / name}" for name in ("prose", "code")]
-    assert cli.main(["prepare", "amber_tiny", f"--out={folder / 'data'}", "--workers=1", *sources, *SMALL]) == 0
-    words = [
-        "train",
-        "amber_tiny",
-        f"--data={folder / 'data'}",
-        f"--run={folder / 'run'}",
-        "--mesh=data=4,fsdp=2",
-        *SMALL,
-    ]
-    assert cli.main(words) == 0
-    return folder
 
 
 def target(trained, selector="all", run="run", **where):

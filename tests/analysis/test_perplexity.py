@@ -23,34 +23,17 @@ from inference.forward import forward
 from layers import params
 from training.metrics import read_lines
 
-SMALL = [
-    "--model.vocab-size=300", "--model.num-layers=1", "--model.embed=32", "--model.num-heads=2", "--model.head-dim=16",
-    "--model.mlp=32", "--model.context-length=32", "--data.sequence-length=32", "--data.chunks=2",
-    "--data.global-batch=8", "--data.validation-per-source=4",
-]  # fmt: skip
 TEXTS = ["alpha beta", "π ≈ 3.14159\n  — naïve 日本 " * 4, "0 1 def", "x", "gamma return def " * 12]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two chunks, of two sources, made through the command line, and a folder of texts."""
-    folder = tmp_path_factory.mktemp("perplexity")
-    rng = np.random.default_rng(0)
-    for name in ("prose", "code"):
-        (folder / name).mkdir()
-        for n in range(12):
-            words = rng.choice(["alpha", "beta", "gamma", "def", "return", "0", "1", "naïve\n"], size=150)
-            (folder / name / f"{n}.txt").write_text(f"{name} {n} " + " ".join(words))
-    (folder / "texts").mkdir()
+def texts(trained):
+    """A folder and a file of texts beside the run."""
+    (trained / "texts").mkdir()
     for n, text in enumerate(TEXTS):
-        (folder / "texts" / f"{n}.txt").write_text(text)
-    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    sources = [f"--source={name}={folder / name}" for name in ("prose", "code")]
-    assert cli.main(["prepare", "amber_tiny", f"--out={folder / 'data'}", "--workers=1", *sources, *SMALL]) == 0
-    mesh = "--mesh=data=4,fsdp=2"
-    words = ["train", "amber_tiny", f"--data={folder / 'data'}", f"--run={folder / 'run'}", mesh, *SMALL]
-    assert cli.main(words) == 0
-    return folder
+        (trained / "texts" / f"{n}.txt").write_text(text)
+    (trained / "lines.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    return trained
 
 
 def target(trained, selector="all", run="run", **where):
@@ -58,12 +41,12 @@ def target(trained, selector="all", run="run", **where):
 
 
 @pytest.fixture(scope="module")
-def swept(trained):
-    asked = Perplexity(text=(f"few={trained / 'texts'}", f"lines={trained / 'lines.jsonl'}"), window=16, stride=6)
-    t = target(trained)
+def swept(texts):
+    asked = Perplexity(text=(f"few={texts / 'texts'}", f"lines={texts / 'lines.jsonl'}"), window=16, stride=6)
+    t = target(texts)
     outcome = sweep(t, asked.open(t, print), print)
     assert len(outcome.made) == 3
-    return trained
+    return texts
 
 
 def surprise(t, weights, tokens):
@@ -151,13 +134,13 @@ def test_bytes_of_tokens_add_up_to_the_text(trained):
     assert not sizes[:, list(tokenizer.special.values())].any()
 
 
-def test_of_a_model_that_knows_nothing_every_token_costs_ln_v(trained):
-    t = target(trained)
+def test_of_a_model_that_knows_nothing_every_token_costs_ln_v(texts):
+    t = target(texts)
     values = nnx.to_pure_dict(nnx.split(t.model.build(jax.random.key(0)))[1])
     zero = jax.tree_util.tree_map_with_path(lambda p, w: w * 0 if str(p[0].key) == "head" else w, values)
     weights = jax.device_put(zero, params.shardings(t.model.abstract, t.mesh))
     entry = Series(t.run).resolve("001")[0]
-    (study,) = Perplexity(text=(f"few={trained / 'texts'}",)).open(t, print)
+    (study,) = Perplexity(text=(f"few={texts / 'texts'}",)).open(t, print)
     summary = study.score(Subject(t, entry, weights)).summary
     for group in ("text", "validation"):
         found = summary[group]
@@ -238,11 +221,11 @@ def test_the_original_figure_is_half_as_surprised(trained):
     np.testing.assert_allclose(original_figure(nats, batch=2), math.sqrt(true), rtol=1e-5)
 
 
-def test_limits_choose_documents(trained):
-    t = target(trained)
-    (study,) = Perplexity(text=(f"few={trained / 'texts'}",), documents=2).open(t, print)
+def test_limits_choose_documents(texts):
+    t = target(texts)
+    (study,) = Perplexity(text=(f"few={texts / 'texts'}",), documents=2).open(t, print)
     assert {name: len(found) for name, found in study.groups.items()} == {"validation": 4, "text": 2}
-    (other,) = Perplexity(text=(f"few={trained / 'texts'}",), validation=False, documents=0).open(t, print)
+    (other,) = Perplexity(text=(f"few={texts / 'texts'}",), validation=False, documents=0).open(t, print)
     assert {name: len(found) for name, found in other.groups.items()} == {"text": 5}
     assert study.settings()["tokens"] != other.settings()["tokens"]
 

@@ -138,6 +138,21 @@ def test_a_layer_of_a_large_stack_has_its_own_files(tmp_path, monkeypatch):
     np.testing.assert_array_equal(Series(tmp_path)[0]["layers.2.w"][...], w[2])
 
 
+def test_replicas_share_the_writing_of_large_arrays_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_SHARED_BYTES", 1024)
+    everywhere = jax.sharding.NamedSharding(tiny_run.mesh(8), jax.sharding.PartitionSpec())
+    w = {
+        name: np.arange(rows * 32, dtype=np.float32).reshape(rows, 32) for name, rows in (("large", 64), ("small", 56))
+    }
+    with SeriesWriter(tmp_path) as writer:
+        writer.save(tiny_run.manifest("series", 0), params=jax.device_put(w, everywhere), optimizer=None)
+    folder = tmp_path / "series/000/params"
+    assert len([*(folder / "large/c").iterdir()]) == 8
+    assert len([*(folder / "small/c").iterdir()]) == 1
+    for name, array in w.items():
+        np.testing.assert_array_equal(Series(tmp_path)[0][name][...], array)
+
+
 def test_every_save_has_digests_that_do_not_depend_on_the_mesh(tmp_path):
     manifests = []
     for degrees in ((1, 1), (2, 4), (8, 1)):
