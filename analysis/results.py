@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -195,6 +196,7 @@ def kinds(run: Path) -> list[str]:
     return sorted({str(p.parent.relative_to(root)) for p in root.rglob("*.json")})
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:

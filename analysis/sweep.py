@@ -194,8 +194,8 @@ def _entries(target: Target) -> tuple[list[Entry], dict[str, str]]:
     gone: dict[str, str] = {}
     series = Series(run, broken)
     entries = series.resolve(target.selector)
-    chosen = {e.manifest.name for e in entries}
-    lost = [r for r in read_lines(run / "series.jsonl") if r["name"] not in {e.manifest.name for e in series.entries()}]
+    chosen, there = ({e.manifest.name for e in found} for found in (entries, series.entries()))
+    lost = [r for r in read_lines(run / "series.jsonl") if r["name"] not in there]
     if ":" in target.selector or target.selector == "all":
         steps = [e.manifest.index for e in entries]
         every = slice(*[int(p) if p else None for p in target.selector.split(":")]) if ":" in target.selector else None
