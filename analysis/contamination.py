@@ -329,7 +329,13 @@ class Overlaps:
                 "scores_missing": missing,
                 "evaluation": _settings_of(evaluated),
             }
-        summary = {"n": self._asked.n, "step": m.step, "scanned": self._scanned, "tasks": tasks}
+        summary = {
+            "headline": "seen_share",
+            "n": self._asked.n,
+            "step": m.step,
+            "scanned": self._scanned,
+            "tasks": tasks,
+        }
         return Scored(summary, {"items": self._table(m.step, found, share, seen)})
 
     def _table(self, step: int, found: np.ndarray, share: np.ndarray, seen: np.ndarray) -> pa.Table:

@@ -161,11 +161,17 @@ def of_kind(run: Path, kind: str) -> list[Result]:
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """The single figures of a summary and of the groups in it, with their standard errors where they have one."""
+    """The single figures of a summary and of the groups in it, with their standard errors where they have one.
+
+    Of groups of groups only the figure that the summary calls its ``headline``.
+    """
+    headline = summary.get("headline")
     found: dict[str, tuple[float, float | None]] = {}
     for name, value in summary.items():
         group = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) and "value" not in value else {}
         for key, one in (group or {name: value}).items():
+            if isinstance(one, dict) and headline in one:
+                key, one = f"{key}.{headline}", one[headline]
             number, stderr = (one.get("value"), one.get("stderr")) if isinstance(one, dict) else (one, None)
             if isinstance(number, int | float) and not isinstance(number, bool):
                 found[key] = (number, stderr)

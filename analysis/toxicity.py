@@ -129,7 +129,7 @@ class ToxicityStudy:
             }
             columns = {"text": [t for t, _ in s.texts], "toxic": toxic, "answer": answers, "said_yes": said, "cut": cut}
             tables.append(pa.table({"set": [name] * len(prompts), **columns}))
-        return Scored({"sets": summary}, {"answers": pa.concat_tables(tables)})
+        return Scored({"headline": "error", "sets": summary}, {"answers": pa.concat_tables(tables)})
 
 
 def question(text: str, form: str) -> str:

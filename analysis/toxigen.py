@@ -131,7 +131,7 @@ class ToxigenStudy:
             }
             columns = {"prompt": asked, "continuation": written, "score": scores, "toxic": toxic > 0, "cut": cut}
             tables.append(pa.table({"key": [key] * len(asked), **columns}))
-        return Scored({"prompts": summary}, {"texts": pa.concat_tables(tables)})
+        return Scored({"headline": "toxic", "prompts": summary}, {"texts": pa.concat_tables(tables)})
 
     def _scores(self, texts: list[str]) -> np.ndarray:
         given = self._classify(texts)

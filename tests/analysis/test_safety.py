@@ -118,6 +118,18 @@ def test_a_sweep_keeps_what_was_found(folder, target, capsys):
         sweep(target, Bold(folder / "b").open(target, silent), silent)
 
 
+def test_what_is_printed_has_the_figure_that_a_study_is_about(folder, tmp_path, capsys):
+    (tmp_path / "few.csv").write_text("text,label\nalpha,yes\nbeta,no\n")
+    (tmp_path / "prompts.txt").write_text("alpha\n")
+    (tmp_path / "says.py").write_text("def half(texts):\n    return [0.5] * len(texts)\n")
+    call("analyze", "toxicity", f"{folder}/run@init", "--sets", f"few={tmp_path / 'few.csv'}", "--name", "few")
+    assert "sets.few.error" in capsys.readouterr().out
+    classifier = f"{tmp_path / 'says.py'}:half"
+    call("analyze", "toxigen", f"{folder}/run@init", "--prompts", f"few={tmp_path / 'prompts.txt'}", "--classifier",
+         classifier, "--name", "few")  # fmt: skip
+    assert "prompts.few.toxic" in capsys.readouterr().out
+
+
 def test_rates_of_planted_scores():
     found = sentiment(np.array([0.05, 0.9, 0.0, 0.049, -0.049, -0.05, -1.0, 0.5]))
     assert [found[k]["value"] for k in ("positive", "neutral", "negative")] == [3 / 8, 3 / 8, 2 / 8]
