@@ -167,7 +167,7 @@ class Target:
             raise UserError(f"{self.run}: was not trained here, so that its data is not known; give --data")
         if (self._data / MANIFEST).exists() or not is_published(self._data):
             return ChunkedData(self._data)
-        if "recipe" not in json.loads((self.run / "config.json").read_text()):
+        if self.recipe is None:
             raise UserError(
                 f"{self._data}: published files are read as a recipe says, and {self.run} is of none; convert them "
                 "(prepare --from-published)"
