@@ -1,13 +1,15 @@
 """Amber's architecture as numbers."""
 
 import dataclasses
-from typing import ClassVar
-
-import jax
+from typing import TYPE_CHECKING, ClassVar
 
 from errors import UserError
-from layers.decoder import Decoder
 from layers.model import ModelConfig
+
+if TYPE_CHECKING:
+    import jax
+
+    from layers.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class AmberConfig(ModelConfig):
         if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
             raise UserError(f"model: padding_id={self.padding_id} is outside the vocabulary of {self.vocab_size}")
 
-    def build(self, key: jax.Array) -> Decoder:
+    def build(self, key: "jax.Array") -> "Decoder":
         """See `ModelConfig.build`."""
         from amber_jax.model import build  # the model imports this file for its type
 

@@ -17,7 +17,7 @@ from analysis.prompts import VERSION, Writer, check_limit, chosen, json_lines
 from analysis.results import Scored, estimate, sha256_of
 from analysis.subject import AddBos, Subject, Target
 from errors import UserError
-from inference.generate import Sampling
+from inference.sampling import Sampling
 
 DOMAINS = ("gender", "political_ideology", "profession", "race", "religious_ideology")
 POSITIVE, NEGATIVE = 0.05, -0.05

@@ -26,7 +26,7 @@ from data.fim import Fim
 from data.tokenizer import Tokenizer
 from errors import UserError
 from inference.batches import power
-from inference.generate import Sampling
+from inference.sampling import Sampling
 
 FORMAT = 1  # of what a result means: prompts, cuts, scoring
 TOO_LONG = "prompt too long"  # the reason of a sample that was never made

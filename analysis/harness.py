@@ -14,14 +14,16 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data.tokenizer import Tokenizer
 from errors import RunError, UserError
-from inference.generate import Sampling
-from inference.score import TokenScores
+from inference.sampling import Sampling
+
+if TYPE_CHECKING:
+    from inference.score import TokenScores
 
 #: New tokens of a request that does not say how many, as in the harness's own model.
 MAX_NEW_TOKENS = 256
@@ -31,7 +33,7 @@ _SPELLINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_to
 class Scorer(Protocol):
     """What is asked of a checkpoint: `analysis.subject.Subject` has it."""
 
-    def score(self, rows: Any) -> list[TokenScores]:
+    def score(self, rows: Any) -> "list[TokenScores]":
         """Teacher-forced scores of rows of tokens."""
 
     def generate(self, prompts: Any, sampling: Sampling, seeds: Any = None) -> list[list[int]]:

@@ -34,8 +34,7 @@ from analysis.subject import Subject, Target
 from analysis.sweep import Study
 from errors import RunError, UserError
 from inference.batches import power
-from inference.forward import batch_ways
-from inference.generate import Sampling, generate
+from inference.sampling import Sampling
 
 _VERSION = 2  # of what a result holds
 _BATCH_TOKENS = 16384  # positions scored, or in caches, at a time, about
@@ -180,6 +179,9 @@ def match(subject: Subject, tokens: np.ndarray, prompt: int, most: int = 0) -> t
     Raises:
         RunError: the model gives numbers that are not finite.
     """
+    from inference.forward import batch_ways
+    from inference.generate import generate
+
     target = subject.target
     true, count = tokens[:, prompt:], tokens.shape[1] - prompt
     # Batches of one shape, so that the number of sequences that need generation compiles nothing new.

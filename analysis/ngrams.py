@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.chunks import written
+from data.dataset import ChunkedData
 from data.engines import Local, Task, run_all
 from data.folder import share, shared
-from data.loader import ChunkedData
 from data.tokenizer import Tokenizer
 from errors import RunError
 

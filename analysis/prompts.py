@@ -17,7 +17,7 @@ import numpy as np
 
 from analysis.subject import AddBos, Subject, Target
 from errors import UserError
-from inference.generate import Sampling
+from inference.sampling import Sampling
 
 VERSION = 1  # of what results of these studies hold
 _AT_ONCE = 256  # prompts: each has a key of its own, and as many make one program

@@ -19,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,6 +101,8 @@ def write(
     run: Path, kind: str, entry: Entry, settings: Mapping[str, Any], scored: Scored, mesh: str, seconds: float
 ) -> Path:
     """Keep a result. Raises RunError where the disk refuses."""
+    import jax
+
     m = entry.manifest
     path = folder(run, kind) / f"{m.name}.json"
     checkpoint = {"name": m.name, "index": m.index, "step": m.step, "tokens": m.tokens, "digest": digest_of(entry)}

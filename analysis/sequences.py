@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.subject import Target
 from checkpoint.manifest import Manifest
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.mixed import MixedData
 from data.published import JsonlRows, PublishedAmber, PublishedCrystal
 from data.trace import Tracer

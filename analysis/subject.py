@@ -6,29 +6,29 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoint import storage
 from checkpoint.manifest import Entry
-from checkpoint.series import Series, parse_ref, restore
+from checkpoint.series import Series, parse_ref
 from data.chunks import MANIFEST
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.published import is_published
 from data.tokenizer import Tokenizer, files_in, load
 from errors import UserError
-from inference.generate import Sampling, generate
-from inference.score import TokenScores, score
-from layers import params
+from inference.sampling import Sampling
 from layers.model import ModelConfig
-from layers.region import Region
 from parallel.mesh import MeshConfig
 from training.config import Family, RunConfig, model_from_dict
 from training.metrics import read_lines
 from training.record import RunRecord
 from training.trace import RunTracer
+
+if TYPE_CHECKING:  # settings of studies and their results are read without JAX
+    from jax.sharding import Mesh
+
+    from inference.score import TokenScores
+    from layers.region import Region
 
 AddBos = Literal["auto", "yes", "no"]
 #: Families whose published evaluations put <s> before each text: that of Amber by Hugging Face's LLaMA tokenizer. The
@@ -74,11 +74,22 @@ class Target:
         except (OSError, ValueError) as e:
             raise UserError(f"{self.run}: cannot read its config.json ({e}); is it a run directory?") from e
         self.wanted_mesh = MeshConfig.parse(mesh)
-        self.region = Region(compute_dtype)
+        self._compute_dtype = compute_dtype
 
     @cached_property
-    def mesh(self) -> Mesh:
+    def region(self) -> "Region":
+        """How the model runs there."""
+        from layers.region import Region
+
+        return Region(self._compute_dtype)
+
+    @cached_property
+    def mesh(self) -> "Mesh":
         """Where the model runs."""
+        import jax
+
+        from layers import params
+
         wanted, devices = self.wanted_mesh, jax.devices()
         if -1 not in wanted.degrees.values() and jax.process_count() == 1:
             devices = devices[: wanted.size]  # looking at a checkpoint need not take the whole machine
@@ -202,6 +213,11 @@ class Target:
 
     def load(self, entry: Entry) -> Any:
         """Parameters of a checkpoint, placed on `mesh`. Raises RunError: damaged or missing files."""
+        import jax
+
+        from checkpoint.restore import restore
+        from layers import params
+
         weights, _ = restore(entry, params=params.abstract_arrays(self.model.abstract, self.mesh), optimizer=None)
         return jax.block_until_ready(weights)
 
@@ -220,8 +236,10 @@ class Subject:
         """``DIR@NAME``."""
         return f"{self.target.run}@{self.entry.manifest.name}"
 
-    def score(self, rows: Any, batch_tokens: int = 16384) -> list[TokenScores]:
+    def score(self, rows: Any, batch_tokens: int = 16384) -> "list[TokenScores]":
         """Teacher-forced scores of rows of tokens: `inference.score.score`."""
+        from inference.score import score
+
         t = self.target
         return score(t.model, self.weights, rows, t.mesh, t.region, batch_tokens)
 
@@ -229,5 +247,7 @@ class Subject:
         self, prompts: Any, sampling: Sampling, *, use_cache: bool = True, seeds: Any = None
     ) -> list[list[int]]:
         """Continuations of prompts, any number of them and of any lengths: `inference.generate.generate`."""
+        from inference.generate import generate
+
         t, eos_id = self.target, self.target.tokenizer.eos_id
         return generate(t.model, self.weights, prompts, t.mesh, t.region, sampling, eos_id, use_cache, seeds)

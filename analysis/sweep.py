@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from analysis import results
 from analysis.results import Result, Scored
 from analysis.subject import Subject, Target
@@ -114,6 +112,11 @@ def sweep(
             todo.append((entry, missing))
     if outcome.kept:
         note(f"{len(outcome.kept)} results were there already")
+    if not todo:
+        outcome.wall_s = time.monotonic() - began
+        return outcome
+    import jax  # what is there already is given back without it
+
     with ThreadPoolExecutor(1) as reader:
         ahead: Future[tuple[Any, float]] | None = None
         # Several processes read together, so that one thread must not run ahead of the others.

@@ -16,7 +16,7 @@ from analysis.prompts import VERSION, Writer, check_limit, chosen, named, read_t
 from analysis.results import Scored, estimate, sha256_of
 from analysis.subject import AddBos, Subject, Target
 from errors import UserError
-from inference.generate import Sampling
+from inference.sampling import Sampling
 
 Form = Literal["auto", "plain", "sbf", "dynahate", "toxigen"]
 

@@ -18,7 +18,7 @@ from analysis.prompts import VERSION, Writer, check_limit, chosen, json_lines, n
 from analysis.results import Scored, estimate, sha256_of
 from analysis.subject import AddBos, Subject, Target
 from errors import UserError
-from inference.generate import Sampling
+from inference.sampling import Sampling
 
 Classifier = Callable[[list[str]], Sequence[float]]
 

@@ -18,11 +18,9 @@ import pyarrow as pa
 from analysis import results
 from analysis.results import Scored
 from analysis.subject import Subject, Target
-from checkpoint.check import boxes
 from checkpoint.manifest import Entry
 from checkpoint.names import stacked
 from checkpoint.series import Series
-from checkpoint.tensors import Tensors
 from errors import RunError, UserError
 
 VERSION = 1
@@ -147,6 +145,9 @@ def measure(entry: Entry, other: Entry | None) -> dict[str, Sums]:
     Raises:
         RunError: a file is damaged or cannot be read; the two do not have the same names and shapes.
     """
+    from checkpoint.check import boxes
+    from checkpoint.tensors import Tensors
+
     try:
         first, second = Tensors(entry), Tensors(other) if other else None
     except UserError as e:

@@ -24,7 +24,7 @@ import numpy as np
 from record import record
 
 from huggingface.writer import FolderWriter
-from run import formats, recipes
+from models import formats, recipes
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 

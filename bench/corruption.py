@@ -3,7 +3,7 @@
 A damage is a flipped bit, a file cut off at a random length, or a file that is gone. After each, everything is read in
 the ways in which the library reads it:
 
-    restore       `checkpoint.series.restore`: parameters and optimizer state to devices, files verified
+    restore       `checkpoint.restore.restore`: parameters and optimizer state to devices, files verified
     tensors       `checkpoint.tensors.Tensors`: every array of both, for analysis; and all that the manifest says
     go on         data as a run reads it that goes on: `Loader.start`, then every sample
     begin         data as a new run reads it
@@ -42,9 +42,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint.names import flat
-from checkpoint.series import Series, SeriesWriter, restore
+from checkpoint.restore import restore
+from checkpoint.series import Series
 from checkpoint.tensors import Tensors
-from data.loader import ChunkedData, Loader
+from checkpoint.writer import SeriesWriter
+from data.dataset import ChunkedData
+from data.loader import Loader
 from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
 from data.trace import Tracer

@@ -21,10 +21,11 @@ import numpy as np
 from flax import nnx
 from record import record
 
-from inference.generate import Sampling, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from layers import params
+from models import recipes
 from parallel.mesh import MeshConfig
-from run import recipes
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def one(recipe, batch, steps, way):
     """Time one way in this process; prints JSON."""
+    from models import recipes
     from parallel.mesh import MeshConfig
-    from run import recipes
     from training import loop
 
     config = recipes()[recipe]()

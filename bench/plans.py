@@ -19,9 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint.manifest import environment
+from commands.plan import compiles
+from models import recipes
 from parallel import planner
 from parallel.topology import Topology
-from run import compiles, recipes
 from training import plan_check, planning
 
 TOPOLOGIES = "v5p:4x4x4,v4:4x4x8,v5e:16x16,v6e:16x16,h100:4x8"

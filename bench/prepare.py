@@ -34,7 +34,8 @@ import jax
 import numpy as np
 from record import record
 
-from data.loader import ChunkedData, local_batches
+from data.dataset import ChunkedData
+from data.loader import local_batches
 from data.sample import Schedule
 from data.sources import SourceSpec, read
 from data.tokenizer import load

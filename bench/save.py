@@ -37,8 +37,10 @@ from amber_jax.recipes import amber_7b, amber_tiny
 from checkpoint import digest
 from checkpoint.manifest import Entry, Manifest, checkpoint_name, code_version, environment
 from checkpoint.names import flat
-from checkpoint.series import Series, SeriesWriter, restore
+from checkpoint.restore import restore
+from checkpoint.series import Series
 from checkpoint.tensors import Tensors
+from checkpoint.writer import SeriesWriter
 from data.loader import Loader
 from parallel.mesh import MeshConfig, simulate
 from training.program import Program, no_limits

@@ -23,7 +23,7 @@ from record import record
 
 from data.batch import Batch
 from data.loader import Loader
-from run import recipes
+from models import recipes
 from training.program import Program, no_limits, planned_bytes
 from training.step import batch_sharding
 

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from amber_jax.recipes import amber_7b
 from checkpoint.manifest import environment
+from commands.plan import compiles
 from parallel import planner
 from parallel.mesh import MeshConfig
 from parallel.topology import Topology
-from run import compiles
 from training import plan_check, planning
 
 #: (topology, sequences per step): LLM360's batch on their cluster, the power of two next to it elsewhere.

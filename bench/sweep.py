@@ -30,6 +30,8 @@ from analysis import results
 from analysis.results import Scored
 from analysis.subject import Subject, Target
 from analysis.sweep import Outcome, sweep
+from models import families, recipes
+from training.datasets import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 8
@@ -59,9 +61,7 @@ class Surprise:
 
 def target_of(run: Path, checkpoints: int) -> Target:
     """The first checkpoints of a run."""
-    import run as command_line
-
-    return Target(f"{run}@:{checkpoints}", command_line.families(), command_line.open_data)
+    return Target(f"{run}@:{checkpoints}", families(), open_data)
 
 
 def clear(run: Path) -> None:
@@ -154,9 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = args.run or Path(scratch, "run")
         if args.run is None:
-            import run as command_line
-
-            config = command_line.recipes()["amber_360"]()
+            config = recipes()["amber_360"]()
             samples = config.data.samples_per_chunk
             steps = args.checkpoints * samples // config.data.global_batch
             train = ["train", "amber_360", "--data", "synthetic", "--run", str(run), "--steps", str(steps)]

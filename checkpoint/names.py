@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from errors import UserError
 
 
@@ -35,6 +33,8 @@ def unnest(target: Any, nested: Mapping[str, Any]) -> Any:
         raise UserError(f"missing {_few(missing)}: the structure asked for has them, the arrays given do not")
     if extra := sorted(values.keys() - names.keys()):
         raise UserError(f"unexpected {_few(extra)}: the structure asked for has no such arrays")
+    import jax
+
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in names])
 
 
@@ -67,6 +67,8 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def _paths(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    import jax  # names alone, of a checkpoint on disk, need none of it
+
     found: dict[tuple[str, ...], Any] = {}
     for entries, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = tuple(_key(entry) for entry in entries)

@@ -1,4 +1,4 @@
-"""A checkpoint written piece by piece, as `checkpoint.series.SeriesWriter.stream` hands it out.
+"""A checkpoint written piece by piece, as `checkpoint.writer.SeriesWriter.stream` hands it out.
 
 Orbax makes the folder and its own metadata (`checkpoint.arrays.declare`). The chunks of the arrays are files of plain
 numbers, written here.

@@ -1,13 +1,15 @@
 """CrystalCoder's architecture as numbers."""
 
 import dataclasses
-from typing import ClassVar
-
-import jax
+from typing import TYPE_CHECKING, ClassVar
 
 from errors import UserError
-from layers.decoder import Decoder
 from layers.model import ModelConfig
+
+if TYPE_CHECKING:
+    import jax
+
+    from layers.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class CrystalConfig(ModelConfig):
         """The bias of keys: where no position rotates it, it adds the same to every score of a query."""
         return ("layers.attention.bk",) if self.rotary_dims < self.head_dim else ()
 
-    def build(self, key: jax.Array) -> Decoder:
+    def build(self, key: "jax.Array") -> "Decoder":
         """See `ModelConfig.build`."""
         from crystal_jax.model import build  # the model imports this file for its type
 

@@ -26,10 +26,10 @@ from data.chunks import (
     write_records,
     written,
 )
+from data.dataset import ChunkedData
 from data.engines import Engine, Task, run_all
 from data.folder import WORK, finished, share, shared, working
 from data.index import rows_path
-from data.loader import ChunkedData
 from data.mixture import Part
 from data.packing import ORDER, inverse, permutation
 from data.published import PublishedAmber, PublishedCrystal, write_published_chunk

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.mixture import Interleave
 from data.packing import permutation, split_samples
 from data.sample import PhaseSamples, Sample

@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 
 from data.chunks import FileRecord, SampleFile, SourceRecord
+from data.dataset import ChunkedData
 from data.fim import Fim, reassemble
 from data.index import DocumentIndex, read_rows
-from data.loader import ChunkedData
 from data.packing import training_number, training_window, window_start
 from data.sample import Sample
 from data.tokenizer import Tokenizer, load

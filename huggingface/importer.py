@@ -16,7 +16,8 @@ import numpy as np
 
 from checkpoint import files
 from checkpoint.manifest import Manifest, checkpoint_name, code_version, environment
-from checkpoint.series import Series, SeriesWriter
+from checkpoint.series import Series
+from checkpoint.writer import SeriesWriter
 from data import tokenizer as tokenizers
 from data.tokenizer import Tokenizer
 from errors import UserError

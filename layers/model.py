@@ -4,14 +4,15 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import ClassVar
-
-import jax
-from flax import nnx
+from typing import TYPE_CHECKING, ClassVar
 
 from errors import UserError
-from layers import params
-from layers.decoder import Decoder
+
+if TYPE_CHECKING:  # a configuration is made, checked and written without JAX
+    import jax
+    from flax import nnx
+
+    from layers.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ModelConfig(abc.ABC):
                 raise UserError(f"model: {name}={getattr(self, name)} must be positive and finite")
 
     @abc.abstractmethod
-    def build(self, key: jax.Array) -> Decoder:
+    def build(self, key: "jax.Array") -> "Decoder":
         """A new model, its weights a pure function of this config and ``key``."""
 
     @property
@@ -70,17 +71,23 @@ class ModelConfig(abc.ABC):
         return self.num_layers * per_layer + self.embed * self.vocab_size
 
     @functools.cached_property
-    def abstract(self) -> Decoder:
+    def abstract(self) -> "Decoder":
         """The module with shapes instead of arrays; allocates nothing."""
+        import jax
+
         return jax.eval_shape(self.build, jax.random.key(0))
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters."""
+        from layers import params
+
         return params.count(self.abstract)
 
-    def graphdef(self) -> nnx.GraphDef:
+    def graphdef(self) -> "nnx.GraphDef":
         """The module's structure; with a nested dict of arrays, `nnx.merge` makes a module of it."""
+        from flax import nnx
+
         return nnx.split(self.abstract)[0]
 
     def train_flops_per_token(self, sequence_length: int, causal: bool) -> float:

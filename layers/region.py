@@ -20,7 +20,7 @@ from layers import params
 from layers.attention import KERNELS, Documents, documents
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
 from parallel.collectives import all_gather, axis_index, deal, psum, psum_scatter, vary
-from parallel.plan import Gather, Remat, Schedule, choose
+from parallel.plan import Gather, Remat, Schedule, check_choices
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -75,14 +75,7 @@ class Region:
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UserError(f"compute_dtype {self.compute_dtype!r}: choose float32 or bfloat16")
-        choose("gather", self.gather, Gather)
-        choose("remat", self.remat, Remat)
-        choose("schedule", self.schedule, Schedule)
-        for name in ("loss_chunks", "unroll", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.repeats > 1 and self.schedule != "gpipe":
-            raise UserError(f"repeats {self.repeats}: is for the schedule gpipe, not {self.schedule!r}")
+        check_choices(self, "loss_chunks", "unroll")
         if self.attention not in KERNELS:
             raise UserError(f"attention {self.attention!r}: choose from {', '.join(KERNELS)}")
 

@@ -6,10 +6,12 @@ logical axis that is not in the table is an error, not a silent replication.
 """
 
 from collections.abc import Mapping, Sequence
-
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from typing import TYPE_CHECKING
 
 from errors import UserError
+
+if TYPE_CHECKING:  # configuration and the command line read this table without JAX
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PIPELINE, DATA, FSDP, TENSOR = "pipeline", "data", "fsdp", "tensor"
 
@@ -53,12 +55,14 @@ def mesh_axes_of(logical: str) -> tuple[str, ...]:
     return () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
 
 
-def spec(mesh: Mesh, *logical: str) -> PartitionSpec:
+def spec(mesh: "Mesh", *logical: str) -> "PartitionSpec":
     """PartitionSpec for one array, a logical axis per dimension.
 
     Axes of size 1 are left out: inside the manual region they must exist neither in specs nor in types, because a
     collective over them is at best a wasted operation and on libtpu 0.0.42 an abort of the process.
     """
+    from jax.sharding import PartitionSpec
+
     entries: list[tuple[str, ...]] = []
     for name in logical:
         entries.append(tuple(a for a in mesh_axes_of(name) if mesh.shape[a] > 1))
@@ -68,8 +72,10 @@ def spec(mesh: Mesh, *logical: str) -> PartitionSpec:
     return PartitionSpec(*[None if not e else e[0] if len(e) == 1 else e for e in entries])
 
 
-def sharding(mesh: Mesh, *logical: str) -> NamedSharding:
+def sharding(mesh: "Mesh", *logical: str) -> "NamedSharding":
     """NamedSharding of `spec`."""
+    from jax.sharding import NamedSharding
+
     return NamedSharding(mesh, spec(mesh, *logical))
 
 

@@ -28,44 +28,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from errors import RunError, UserError
+from parallel.hosts import BY_HAND, HostFlags
 
 _WAIT_MS = 60 * 60 * 1000  # for a process that is busy; of one that died jax's heartbeat tells within 100 s
 _POLL_S = 0.5  # between two looks whether another process has failed
 _GRACE_S = 10.0  # for the others to hear that this one has failed
 _calls = itertools.count()
 _asked = itertools.count(1)
-
-_BY_HAND = "--coordinator HOST:PORT (of process 0), --processes N and --process-id K, or --processes 1 to run alone"
-
-
-@dataclasses.dataclass(frozen=True)
-class HostFlags:
-    """Which process of how many this is; by default as the pod says (Slurm, Open MPI, TPU, GKE, Kubernetes)."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0, as all processes reach it."""
-    processes: int | None = None
-    """Processes in all; 1 = this one runs alone, whatever the pod says."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
-
-    def __post_init__(self) -> None:
-        if self.processes == 1 and self.coordinator is None and self.process_id in (None, 0):
-            return
-        given = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(self).items()}
-        missing = [flag for flag, value in given.items() if value is None]
-        if 0 < len(missing) < len(given):
-            raise UserError(f"hosts: {' and '.join(missing)} missing; give {_BY_HAND}")
-        if self.coordinator is None or self.processes is None or self.process_id is None:
-            return
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-            raise UserError(f"hosts: --coordinator {self.coordinator!r} is not HOST:PORT")
-        if not 0 <= self.process_id < self.processes:
-            raise UserError(
-                f"hosts: --process-id {self.process_id} of --processes {self.processes}; numbers go from 0 to "
-                "processes - 1"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +205,7 @@ def _find(flags: HostFlags, timeout_s: float) -> _Found:
     except UserError:
         raise
     except Exception as e:  # jax's own, of requests and kubernetes, and of variables that are no numbers
-        raise UserError(f"hosts: the pod does not say who this process is ({e!r}); give {_BY_HAND}") from e
+        raise UserError(f"hosts: the pod does not say who this process is ({e!r}); give {BY_HAND}") from e
 
 
 def _applies(cluster: type[clusters.ClusterEnv]) -> bool:
@@ -255,7 +224,7 @@ def _refuse_traces() -> None:
     if int(has("SLURM_NTASKS", "1")) > 1:
         raise UserError(
             f"hosts: this Slurm job has {has('SLURM_NTASKS')} tasks, but srun did not start this process (no "
-            f"{', '.join(v for v in _SLURM if v not in os.environ)}); start it with srun, or give {_BY_HAND}"
+            f"{', '.join(v for v in _SLURM if v not in os.environ)}); start it with srun, or give {BY_HAND}"
         )
     if int(has("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -266,7 +235,7 @@ def _refuse_traces() -> None:
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
         raise UserError(
             f"hosts: this is pod {has('JOB_COMPLETION_INDEX')} of a Kubernetes job, whose size only its API tells; "
-            f"install jax[k8s], or give {_BY_HAND}"
+            f"install jax[k8s], or give {BY_HAND}"
         )
 
 

@@ -6,14 +6,15 @@ import difflib
 import math
 import warnings
 from collections.abc import Sequence
-
-import jax
-import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from typing import TYPE_CHECKING
 
 from errors import UserError
 from parallel.axes import MESH_AXES, TENSOR
+
+if TYPE_CHECKING:  # degrees are read and checked without JAX
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class MeshConfig:
             )
         return self
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(self, devices: "Sequence[jax.Device] | None" = None) -> "Mesh":
         """The jax Mesh over ``devices`` (all visible ones if None), axes in MESH_AXES order.
 
         TPUs: axes along the torus of a slice, and over several slices what talks least (`_over_slices`). Others: in the
@@ -114,6 +115,10 @@ class MeshConfig:
         Raises:
             UserError: the degrees do not multiply to the number of devices; slices would split ``tensor``.
         """
+        import jax
+        import numpy as np
+        from jax.sharding import AxisType, Mesh
+
         devices = jax.devices() if devices is None else list(devices)
         resolved = self.resolve(len(devices), devices[0].platform)
         if devices[0].platform == "tpu":
@@ -132,14 +137,16 @@ class MeshConfig:
         return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _host(device: jax.Device) -> tuple[int, int]:
+def _host(device: "jax.Device") -> tuple[int, int]:
     """What devices on one host have in common: on NVIDIA, where each may have a process of its own, the "slice"."""
     one = getattr(device, "slice_index", None) if device.platform in ("gpu", "cuda") else None
     return (one, 0) if one is not None else (0, device.process_index)
 
 
-def _on_torus(mesh: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+def _on_torus(mesh: MeshConfig, devices: "Sequence[jax.Device]") -> "np.ndarray":
     """TPU devices in the shape of the mesh."""
+    from jax.experimental import mesh_utils
+
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     outer = _over_slices(mesh, slices)
     inner = tuple(d // o for d, o in zip(mesh.degrees.values(), outer, strict=True))
@@ -183,6 +190,8 @@ def simulate(devices: int, check: bool = True) -> None:
     Raises:
         UserError: not positive, or JAX already started with other devices.
     """
+    import jax
+
     if devices < 1:
         raise UserError(f"--simulate {devices}: give the number of CPU devices to simulate, at least 1")
     try:

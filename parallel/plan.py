@@ -38,14 +38,7 @@ class Plan:
     def __post_init__(self) -> None:
         if -1 in self.mesh.degrees.values():
             raise UserError(f"plan: mesh {self.mesh}: give every degree")
-        choose("gather", self.gather, Gather)
-        choose("remat", self.remat, Remat)
-        choose("schedule", self.schedule, Schedule)
-        for name in ("microbatches", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"plan: {name}={getattr(self, name)}: must be at least 1")
-        if self.repeats > 1 and self.schedule != "gpipe":
-            raise UserError(f"plan: repeats={self.repeats} needs schedule gpipe, not {self.schedule!r}")
+        check_choices(self, "microbatches")
 
     def __str__(self) -> str:
         parts = [str(self.mesh), f"microbatches={self.microbatches}", f"gather={self.gather}", f"remat={self.remat}"]
@@ -58,6 +51,23 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for results: every field, and ``text``, the plan in a line."""
         return {**dataclasses.asdict(self), "mesh": str(self.mesh), "text": str(self)}
+
+
+def check_choices(how: Any, *counts: str) -> None:
+    """Refuse what no step can be carried out by (UserError).
+
+    Args:
+        how: has ``gather``, ``remat``, ``schedule`` and ``repeats``.
+        counts: other fields of it that must be at least 1.
+    """
+    choose("gather", how.gather, Gather)
+    choose("remat", how.remat, Remat)
+    choose("schedule", how.schedule, Schedule)
+    for name in (*counts, "repeats"):
+        if getattr(how, name) < 1:
+            raise UserError(f"{name} {getattr(how, name)}: must be at least 1")
+    if how.repeats > 1 and how.schedule != "gpipe":
+        raise UserError(f"repeats {how.repeats}: is for the schedule gpipe, not {how.schedule!r}")
 
 
 def choose(name: str, value: str, names: object) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import run
 from checkpoint.series import Series
+from commands.analyze import STUDIES
 from training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +253,7 @@ def test_every_verb_has_help(capsys):
         code, text, _ = call(capsys, verb, "--help")
         assert code == 0
         assert "--json" in text
-    for kind in run.STUDIES:
+    for kind in STUDIES:
         assert f"\n  {kind} " in call(capsys, "analyze", "--help")[1]
         code, text, _ = call(capsys, "analyze", kind, "--help")
         assert code == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoint.series import Series
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from training import loop
 from training.metrics import read_lines
 from training.mixtures import table

@@ -16,7 +16,8 @@ from crystal_jax.convert import FORMAT as CRYSTAL
 from data.batch import Batch
 from huggingface.folder import Folder
 from inference.forward import forward
-from inference.generate import Sampling, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
 from training.step import batch_sharding, make_loss_and_gradients

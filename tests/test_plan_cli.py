@@ -6,6 +6,7 @@ import json
 import pytest
 
 from amber_jax.recipes import amber_7b, amber_tiny
+from commands.plan import compiles
 from errors import UserError
 from parallel import compiler, planner
 from parallel.compiler import Report
@@ -13,7 +14,7 @@ from parallel.hlo import Traffic
 from parallel.mesh import MeshConfig
 from parallel.plan import Plan
 from parallel.topology import Topology
-from run import compiles, main
+from run import main
 from training import plan_check, planning
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import storage
-from checkpoint.check import check
 from checkpoint.manifest import FILE, KINDS, Entry, Kind
 from checkpoint.series import Series, line
 from data.chunks import FileRecord
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.mixed import MixedData
 from errors import RunError, UserError
 from parallel.mesh import MeshConfig
@@ -215,6 +214,8 @@ class _Auditor:
     # ---- each by itself --------------------------------------------------------------------------------------------
 
     def _checkpoint(self, entry: Entry) -> None:
+        from checkpoint.check import check  # reads arrays, with JAX and tensorstore; a listing needs neither
+
         begin, m = time.monotonic(), entry.manifest
         checked = check(entry)
         name = f"{m.kind}/{m.name}"

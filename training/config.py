@@ -10,21 +10,22 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from checkpoint.manifest import is_name
-from data.loader import SyntheticData, TokenData
+from data.dataset import SyntheticData, TokenData
 from data.mixture import Part
 from data.sample import PhaseSamples, Schedule
 from errors import UserError
-from layers import attention, params
 from layers.model import ModelConfig
-from layers.region import Region
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
 from parallel.mesh import MeshConfig
-from parallel.plan import Gather, Remat
+from parallel.plan import Gather, Remat, check_choices
 from parallel.plan import Schedule as PipelineSchedule
 from training.optimizer import OptimizerConfig, at_least
+
+if TYPE_CHECKING:  # a configuration is made, checked, written and read without JAX
+    from layers.region import Region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +170,15 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         at_least("execution.microbatches", self.microbatches, 1)
-        _ = self.region  # validates the rest
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"compute_dtype {self.compute_dtype!r}: choose float32 or bfloat16")
+        check_choices(self, "loss_chunks", "unroll")
 
     @property
-    def region(self) -> Region:
+    def region(self) -> "Region":
         """The manual region that these choices describe; attention is the reference until the platform is known."""
+        from layers.region import Region
+
         return Region(
             compute_dtype=self.compute_dtype,
             gather=self.gather,
@@ -310,7 +315,7 @@ class RunConfig:
                 raise UserError(f"config: {name}={seed} must be at least 0 and below 2**32")
         if not self.phases:
             raise UserError("config: phases: a run has at least one")
-        self.optimizer.schedule([1] * len(self.phases))  # refuses another number of phases
+        self.optimizer.check_phases(len(self.phases))
         mixed = d.layout == "mixture"
         if mixed and not all(p.mixture for p in self.phases):
             raise UserError('config: data.layout is "mixture" and a phase has none; give each phase its mixture')
@@ -325,8 +330,10 @@ class RunConfig:
                 "--phases.N.chunks to match"
             )
 
-    def region(self, platform: str) -> Region:
+    def region(self, platform: str) -> "Region":
         """How the model runs in the manual region on a platform: ``device.platform``, which decides on attention."""
+        from layers import attention
+
         kernel = attention.select(
             self.execution.attention,
             platform=platform,
@@ -385,6 +392,8 @@ class RunConfig:
         Args:
             degrees: mesh axis -> degree (``mesh.shape``).
         """
+        from layers import params
+
         params.check_divides(self.model.abstract, degrees)
         stages, e = degrees[PIPELINE], self.execution
         if stages > 1 and self.model.num_layers % (stages * e.repeats):

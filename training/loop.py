@@ -15,8 +15,11 @@ from jax.sharding import Mesh
 
 from checkpoint.files import write_atomically
 from checkpoint.manifest import Kind, Manifest, checkpoint_name, code_version, environment
-from checkpoint.series import Entry, Series, SeriesWriter, restore
-from data.loader import Loader, SyntheticData, TokenData
+from checkpoint.restore import restore
+from checkpoint.series import Entry, Series
+from checkpoint.writer import SeriesWriter
+from data.dataset import SyntheticData, TokenData
+from data.loader import Loader
 from data.mixed import MixedData
 from errors import RunError, UserError
 from parallel import distributed
@@ -71,7 +74,7 @@ def train(
     Args:
         config: the recipe; resolved here with the data.
         run: run directory; made if it is not there. The same call resumes.
-        data: `data.loader.ChunkedData` or `SyntheticData`.
+        data: `data.dataset.ChunkedData` or `SyntheticData`.
         families: config classes by family name, to read ``config.json``.
         stop_at: stop after this many updates in all, with a checkpoint to resume from.
         faults: damage to the batches of some steps, to see what the guard does.

@@ -4,10 +4,12 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-
-import optax
+from typing import TYPE_CHECKING
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    import optax
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
@@ -36,12 +38,15 @@ class OptimizerConfig(abc.ABC):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"config: optimizer.{name}={getattr(self, name)} must be positive")
 
+    def check_phases(self, phases: int) -> None:  # noqa: B027  most optimizers take any number
+        """Refuse a number of phases that this has no schedule for (UserError)."""
+
     @abc.abstractmethod
-    def schedule(self, phase_steps: Sequence[int]) -> optax.Schedule:
+    def schedule(self, phase_steps: Sequence[int]) -> "optax.Schedule":
         """Learning rate of a 0-based step of the run, given the number of steps of each of its phases."""
 
     @abc.abstractmethod
-    def make(self, phase_steps: Sequence[int]) -> optax.GradientTransformation:
+    def make(self, phase_steps: Sequence[int]) -> "optax.GradientTransformation":
         """The whole update: clipping, moments, decay, learning rate."""
 
 
@@ -59,12 +64,14 @@ class AdamWConfig(OptimizerConfig):
         for name in ("peak_learning_rate", "final_learning_rate", "warmup_steps"):
             at_least(f"optimizer.{name}", getattr(self, name), 0)
 
-    def schedule(self, phase_steps: Sequence[int]) -> optax.Schedule:
+    def schedule(self, phase_steps: Sequence[int]) -> "optax.Schedule":
         """Warm-up and one cosine over the whole run.
 
         Linear from exactly 0 to the peak over ``warmup_steps``, then ``final + (1 + cos(pi t)) / 2 * (peak - final)``
         with t from 0 to 1 at the last step, then constant. A run shorter than its warm-up only warms up.
         """
+        import optax
+
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=self.peak_learning_rate,
@@ -73,8 +80,10 @@ class AdamWConfig(OptimizerConfig):
             end_value=self.final_learning_rate,
         )
 
-    def make(self, phase_steps: Sequence[int]) -> optax.GradientTransformation:
+    def make(self, phase_steps: Sequence[int]) -> "optax.GradientTransformation":
         """Clip, then AdamW as in torch: decoupled decay times the learning rate, eps outside the bias correction."""
+        import optax
+
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(

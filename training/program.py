@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.batch import Batch
-from data.loader import TokenData
+from data.dataset import TokenData
 from data.sample import Sample
 from layers.region import Region
 from parallel import topology

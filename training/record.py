@@ -7,15 +7,15 @@ import platform
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import jax
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.manifest import code_version, environment
 from errors import RunError, UserError
 from training.config import ExecutionConfig, Family, RunConfig
 from training.metrics import read_lines
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Segment:
 MADE_BY = ("processes", "device_kind", "host", "xla_flags", "versions", "code")
 
 
-def made_by(mesh: Mesh) -> dict[str, Any]:
+def made_by(mesh: "Mesh") -> dict[str, Any]:
     """What besides mesh and execution decides on the bits of a step, as far as it is known: for the ledger."""
+    import jax
+
     device = mesh.devices.flat[0]
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
     values = {

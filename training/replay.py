@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from checkpoint import digest
 from checkpoint.names import flat, nest
-from checkpoint.series import Entry, Series, restore
-from data.loader import TokenData
+from checkpoint.restore import restore
+from checkpoint.series import Entry, Series
+from data.dataset import TokenData
 from errors import RunError, UserError
 from parallel.mesh import MeshConfig
 from training.config import RunConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoint.series import Series
 from data.chunks import MANIFEST
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.mixed import MixedData
 from data.sample import Schedule
 from data.tokenizer import Tokenizer, files_in, load

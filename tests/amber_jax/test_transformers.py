@@ -14,7 +14,8 @@ from errors import RunError
 from huggingface import parity
 from huggingface.folder import Folder
 from inference.forward import forward
-from inference.generate import Sampling, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
 from parallel.mesh import MeshConfig

@@ -19,7 +19,7 @@ from analysis.code import KINDS, TOO_LONG, CodeOptions, CodeTask, pass_at_k
 from analysis.sandbox import Limits, Sandbox
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep
-from checkpoint.series import SeriesWriter
+from checkpoint.writer import SeriesWriter
 from data.fim import Fim, reassemble, with_fim
 from data.tokenizer import load, train_tokenizer
 from errors import RunError, UserError

@@ -16,10 +16,12 @@ from analysis.ngrams import Finder, Grams, normalised, token_pieces, words
 from analysis.results import Scored, estimate
 from analysis.subject import Subject, Target
 from analysis.sweep import sweep
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.sample import Schedule
 from data.tokenizer import load
 from errors import RunError, UserError
+from models import families
+from training.datasets import open_data
 
 SMALL = [
     "--model.vocab-size=320", "--model.num-layers=1", "--model.embed=32", "--model.num-heads=2", "--model.head-dim=16",
@@ -90,7 +92,7 @@ def call(*arguments):
 
 
 def target(folder, **more):
-    return Target(f"{folder}/run@all", cli.families(), cli.open_data, **more)
+    return Target(f"{folder}/run@all", families(), open_data, **more)
 
 
 def asked(folder, **more):

@@ -25,7 +25,9 @@ from data.tokenizer import files_in
 from errors import RunError, UserError
 from inference.forward import forward
 from layers import params
+from models import families
 from parallel import axes
+from training.datasets import open_data
 from training.metrics import read_lines
 
 K = L = 8
@@ -34,7 +36,7 @@ EOS = 2
 
 
 def target(trained, selector="all", run="run", **where):
-    return Target(f"{trained / run}@{selector}", cli.families(), cli.open_data, **where)
+    return Target(f"{trained / run}@{selector}", families(), open_data, **where)
 
 
 @pytest.fixture(scope="module")
@@ -534,4 +536,4 @@ def test_stories_are_told_on_the_command_line(swept):
 def _other(swept):
     (swept / "none").mkdir(exist_ok=True)
     (swept / "none" / "config.json").write_text((swept / "run" / "config.json").read_text())
-    return cli.families(), cli.open_data
+    return families(), open_data

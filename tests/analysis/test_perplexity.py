@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import run as cli
 from analysis import results
 from analysis.perplexity import Perplexity, _forced, figures, token_bytes, windows
 from analysis.subject import Subject, Target
@@ -21,6 +20,8 @@ from data.trace import text_of
 from errors import UserError
 from inference.forward import forward
 from layers import params
+from models import families
+from training.datasets import open_data
 from training.metrics import read_lines
 
 TEXTS = ["alpha beta", "π ≈ 3.14159\n  — naïve 日本 " * 4, "0 1 def", "x", "gamma return def " * 12]
@@ -37,7 +38,7 @@ def texts(trained):
 
 
 def target(trained, selector="all", run="run", **where):
-    return Target(f"{trained / run}@{selector}", cli.families(), cli.open_data, **where)
+    return Target(f"{trained / run}@{selector}", families(), open_data, **where)
 
 
 @pytest.fixture(scope="module")

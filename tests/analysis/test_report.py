@@ -142,13 +142,14 @@ def _studies(run):
 
 
 def _target(run):
-    from run import families, open_data
+    from models import families
+    from training.datasets import open_data
 
     return Target(f"{run}@all", families(), open_data)
 
 
 def _write(run, out):
-    from run import families
+    from models import families
 
     said = []
     made = write(run, families(), out, said.append)
@@ -244,7 +245,7 @@ def _put(run, kind, summary, tables=None, settings=None, entries=slice(None)):
 
 def _section(build, run):
     """A section, the text of it, and the run as the report found it."""
-    from run import families
+    from models import families
 
     found = Found(run, families())
     (section,) = build(found)
@@ -332,7 +333,7 @@ def test_correlations_leave_out_what_the_report_left_out(run_dir, tmp_path):
     [("resume", "still training, or killed"), ("guard", "stopped by its guard"), ("stop", "stopped, and can go on")],
 )
 def test_the_last_event_says_the_state(run_dir, tmp_path, event, said):
-    from run import families
+    from models import families
 
     run = _bare(run_dir, tmp_path)
     assert report._lead(Found(run, families())).endswith("; finished.")

@@ -15,7 +15,9 @@ from analysis.sweep import sweep
 from analysis.toxicity import Toxicity, question, read_labelled
 from analysis.toxigen import Toxigen, classifier
 from errors import UserError
-from inference.generate import Sampling
+from inference.sampling import Sampling
+from models import families
+from training.datasets import open_data
 
 vader = pytest.importorskip("vaderSentiment.vaderSentiment")
 
@@ -64,7 +66,7 @@ def call(*arguments):
 
 @pytest.fixture(scope="module")
 def target(folder):
-    return Target(f"{folder}/run@init", cli.families(), cli.open_data)
+    return Target(f"{folder}/run@init", families(), open_data)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from analysis.subject import Subject, Target
 from analysis.sweep import sweep
 from analysis.weights import Sums, Weights, group_of, measure
 from checkpoint.manifest import Manifest
-from checkpoint.series import Series, SeriesWriter
+from checkpoint.series import Series
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint.tiny_run import manifest, mesh, place, save, state
 
@@ -36,7 +37,8 @@ def _model():
 
 
 def _target(run, selector="all"):
-    from run import families, open_data
+    from models import families
+    from training.datasets import open_data
 
     return Target(f"{run}@{selector}", families(), open_data)
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from checkpoint.series import SeriesWriter
+from checkpoint.writer import SeriesWriter
 from tests.checkpoint import tiny_run
 
 

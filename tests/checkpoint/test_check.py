@@ -10,7 +10,8 @@ import pytest
 
 from checkpoint import check, digest, files
 from checkpoint.manifest import FILE
-from checkpoint.series import Series, SeriesWriter
+from checkpoint.series import Series
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
 from tests.checkpoint.tampered import change_one_weight

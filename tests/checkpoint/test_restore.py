@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorstore
 
-from checkpoint.series import Series, restore, verify_files
+from checkpoint.restore import restore
+from checkpoint.series import Series, verify_files
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
 
@@ -102,7 +103,7 @@ def test_another_optimizer_is_refused(finished, asked):
 
 
 def test_parameters_without_optimizer_state_cannot_be_resumed(run, asked):
-    from checkpoint.series import SeriesWriter
+    from checkpoint.writer import SeriesWriter
 
     with SeriesWriter(run) as writer:
         params, _ = tiny_run.state(0, tiny_run.mesh(2, 4))

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from checkpoint.series import Series, SeriesWriter, parse_ref
+from checkpoint.series import Series, parse_ref
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
 

@@ -15,8 +15,9 @@ import pytest
 
 from checkpoint import storage
 from checkpoint.manifest import FILE
-from checkpoint.series import Series, SeriesWriter, parse_ref, verify_files
+from checkpoint.series import Series, parse_ref, verify_files
 from checkpoint.tensors import Tensors
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from run import main
 from tests.checkpoint import tiny_run
@@ -306,7 +307,7 @@ def test_weights_cannot_be_imported_into_a_bucket_yet(place):
 @needs_emulator
 def test_a_killed_run_goes_on_in_the_bucket_to_the_same_bits(place, impatient, tiny, tmp_path, monkeypatch):
     from amber_jax.config import AmberConfig
-    from data.loader import SyntheticData
+    from data.dataset import SyntheticData
     from training import loop
     from training.config import Family
     from training.metrics import read_lines

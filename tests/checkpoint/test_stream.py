@@ -15,7 +15,9 @@ import pytest
 
 from checkpoint import arrays, digest, stream
 from checkpoint.names import flat
-from checkpoint.series import Series, SeriesWriter, restore, verify_files
+from checkpoint.restore import restore
+from checkpoint.series import Series, verify_files
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
 
@@ -279,7 +281,7 @@ def test_a_run_that_has_something_else_in_it_stays(tmp_path):
 def test_a_kill_in_the_middle_leaves_what_clean_removes(tmp_path):
     script = """
 import sys, numpy as np, pathlib
-from checkpoint.series import SeriesWriter
+from checkpoint.writer import SeriesWriter
 from tests.checkpoint import tiny_run
 with SeriesWriter(pathlib.Path(sys.argv[1])) as writer:
     with writer.stream(tiny_run.manifest("series", 0), {"layers.w": ((4, 3), "float32")}) as target:

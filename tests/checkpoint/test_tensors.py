@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import arrays, digest
-from checkpoint.series import Series, SeriesWriter, restore
+from checkpoint.restore import restore
+from checkpoint.series import Series
 from checkpoint.tensors import Tensors
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
 

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint.series import Series, SeriesWriter, restore, verify_files
+from checkpoint.restore import restore
+from checkpoint.series import Series, verify_files
+from checkpoint.writer import SeriesWriter
 from errors import RunError, UserError
 from tests.checkpoint import tiny_run
 

@@ -18,7 +18,9 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from checkpoint.manifest import Manifest, checkpoint_name
-from checkpoint.series import Entry, Series, SeriesWriter, restore
+from checkpoint.restore import restore
+from checkpoint.series import Entry, Series
+from checkpoint.writer import SeriesWriter
 from errors import RunError
 
 SPECS = {

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from crystal_jax.recipes import crystal_tiny
-from inference.generate import Sampling, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
 

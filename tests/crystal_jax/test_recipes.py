@@ -8,7 +8,7 @@ import pytest
 from crystal_jax.config import CrystalConfig
 from crystal_jax.optimizer import MupAdamWConfig
 from crystal_jax.recipes import MIXTURES, crystal_7b, crystal_tiny
-from data.loader import SyntheticData
+from data.dataset import SyntheticData
 from data.sample import PhaseSamples
 from errors import UserError
 from layers import params

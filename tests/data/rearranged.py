@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from data.loader import SyntheticData
+from data.dataset import SyntheticData
 from data.sample import Sample
 
 

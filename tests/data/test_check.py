@@ -10,9 +10,9 @@ import pytest
 
 from data.check import check
 from data.chunks import DataManifest, FileRecord, write_records
+from data.dataset import ChunkedData
 from data.engines import Local
 from data.index import DocumentIndex
-from data.loader import ChunkedData
 from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
 from data.tokenizer import load

@@ -9,8 +9,8 @@ import pytest
 
 from data.chunks import DataManifest
 from data.convert import from_published, to_jsonl
+from data.dataset import ChunkedData
 from data.engines import Local
-from data.loader import ChunkedData
 from data.mixture import Part
 from data.published import PublishedAmber, PublishedCrystal
 from data.tokenizer import load

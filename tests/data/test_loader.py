@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.chunks import DataManifest
-from data.loader import ChunkedData, Loader, SyntheticData, local_batches
+from data.dataset import ChunkedData, SyntheticData
+from data.loader import Loader, local_batches
 from data.sample import PhaseSamples, Sample, Schedule
 from errors import RunError, UserError
 from tests.data.rearranged import Rearranged
@@ -162,7 +163,8 @@ PROCESS = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from data.loader import ChunkedData, Loader, local_batches
+from data.dataset import ChunkedData
+from data.loader import Loader, local_batches
 from data.sample import Schedule
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]

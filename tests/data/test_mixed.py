@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.mixed import MixedData
 from data.trace import Tracer
 from errors import UserError

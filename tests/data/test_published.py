@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data import published
-from data.loader import TokenData
+from data.dataset import TokenData
 from data.mixture import Mixture, Part
 from data.packing import permutation, sort_keys
 from data.published import Hdf5Rows, JsonlRows, PublishedAmber, PublishedCrystal, is_published, write_published_chunk

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data.chunks import DataManifest
+from data.dataset import ChunkedData
 from data.index import DocumentIndex
-from data.loader import ChunkedData
 from data.mixture import Part
 from data.prepare import PhasePlan, PrepareConfig, prepare
 from data.sample import PhaseSamples, Schedule

@@ -6,7 +6,8 @@ from flax import nnx
 
 from errors import UserError
 from inference.forward import forward
-from inference.generate import Sampling, choose, generate
+from inference.generate import choose, generate
+from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
 

@@ -10,7 +10,8 @@ from crystal_jax.recipes import crystal_tiny
 from errors import RunError, UserError
 from inference import score as module
 from inference.forward import forward
-from inference.generate import Sampling, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from inference.score import score
 from layers import params
 from layers.region import Region

@@ -19,7 +19,7 @@ CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from errors import UserError
-from run import families
+from models import families
 from training import ahead
 try:
     sys.exit(ahead.serve(families()))

@@ -11,12 +11,14 @@ import run as cli
 from checkpoint import files
 from checkpoint.manifest import FILE
 from checkpoint.series import Series
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
+from models import families
 from tests.checkpoint.tampered import change_one_weight
 from training import loop
 from training.audit import audit
+from training.datasets import open_data
 from training.metrics import read_lines
 
 WQ = "layers.attention.wq"
@@ -52,7 +54,7 @@ def whole(tiny, made):
     )
     steps = data.phases[0].samples_per_chunk // 8
     assert 2 < steps <= 4, "so that early ones are after 1 and 2 steps"
-    loop.train(config, run, data, cli.families(), stop_at=3 * steps + 1)
+    loop.train(config, run, data, families(), stop_at=3 * steps + 1)
     return run
 
 
@@ -63,7 +65,7 @@ def copy(whole, tmp_path):
 
 
 def found(run, **options):
-    return audit(run, cli.families(), cli.open_data, **options)
+    return audit(run, families(), open_data, **options)
 
 
 def problem(run):
@@ -416,7 +418,7 @@ def test_a_changed_data_chunk_is_named(copy, elsewhere):
     assert all("SHA-256 differs from the manifest" in t for t in texts)
     (elsewhere / "chunks" / "002.arrayrecord").unlink()
     assert len(found(copy).problems) == 3
-    unread = audit(copy, cli.families(), lambda path, _: ChunkedData(path), content=False)
+    unread = audit(copy, families(), lambda path, _: ChunkedData(path), content=False)
     assert unread.problems == ()
     assert unread.notes[-1:] == (f"{elsewhere}: only its manifest was compared, as was asked for",)
 

@@ -5,7 +5,7 @@ import pytest
 
 from amber_jax.config import AmberConfig
 from amber_jax.recipes import amber_7b
-from data.loader import SyntheticData
+from data.dataset import SyntheticData
 from data.mixture import Part
 from data.sample import PhaseSamples
 from errors import UserError

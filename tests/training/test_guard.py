@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from checkpoint.series import Series
-from data.loader import ChunkedData
+from data.dataset import ChunkedData
 from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
 from errors import RunError, UserError

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoint.series import Series, restore, verify_files
-from data.loader import SyntheticData
+from checkpoint.restore import restore
+from checkpoint.series import Series, verify_files
+from data.dataset import SyntheticData
 from errors import RunError
 from tests.training.test_loop import losses, on_mesh
 from training import loop

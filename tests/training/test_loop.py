@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from amber_jax.config import AmberConfig
-from checkpoint.series import Series, restore
-from data.loader import ChunkedData, SyntheticData
+from checkpoint.restore import restore
+from checkpoint.series import Series
+from data.dataset import ChunkedData, SyntheticData
 from data.mixture import Part
 from data.prepare import PrepareConfig, prepare
 from data.sample import PhaseSamples

@@ -1,5 +1,6 @@
-"""`run.py demo`: the whole story on this machine, as commands that the reader can run alone.
+"""The whole story on this machine in minutes: real text, training, a kill, another mesh, the series, text.
 
+Each part is a command that the reader can run alone.
 Real text becomes a chunked corpus; the planner ranks meshes; a small Amber trains on a mesh of simulated devices; the
 process is killed with SIGKILL half way; the same command on another mesh, a pipeline, carries on; every checkpoint of
 the series is checked, and two links of it are trained again and must give the same bits; every checkpoint is evaluated
@@ -7,6 +8,7 @@ and studied; a report shows it all; the model writes text. Nothing here trains, 
 is one call of the command line in its own process.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -17,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commands.flags import Json
 from errors import RunError, UserError
 from training.metrics import duration, read_lines
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 #: How the reader can start this interpreter: shown before every command.
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
 RECIPE = "amber_tiny"
@@ -32,7 +35,26 @@ SECOND_PLAN = ["--execution.schedule", "1f1b", "--execution.microbatches", "4"]
 SOURCES = {"code": "stdlib", "topics": "topics", "docstrings": "docstrings", "packages": "packages"}
 
 
-def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Flags of this verb."""
+
+    dir: Path = Path("runs/demo")
+    """Run directory; the data goes beside it, with -data added to the name."""
+    chunks: int = 12
+    """Chunks of data, and so checkpoints besides the first."""
+    steps_per_chunk: int = 32
+    """Steps in each chunk, about: the text that this machine has decides."""
+    json: Json = False
+    """Print one JSON object on stdout."""
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Run every part, or what an interrupted demo left to do."""
+    return tell(args.dir, args.chunks, args.steps_per_chunk, quiet=args.json)
+
+
+def tell(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[str, Any]:
     """Run every part, or what an interrupted demo left to do.
 
     Args:
@@ -48,7 +70,7 @@ def run(run_dir: Path, chunks: int, steps_per_chunk: int, quiet: bool) -> dict[s
         raise UserError("demo: needs at least 2 chunks and 4 steps in each, to be killed in the middle of one")
     if not run_dir.name:
         raise UserError(f"demo: --dir {run_dir}: give the name of a directory to make, such as runs/demo")
-    from run import recipes
+    from models import recipes
 
     config = recipes()[RECIPE]()
     data_dir = run_dir.with_name(run_dir.name + "-data")

@@ -1,0 +1,1 @@
+"""The command line: a file for each verb, with its flags (`Args`), what it does (`run`) and its help (docstring)."""
