@@ -69,7 +69,7 @@ def _lead(f: Found) -> str:
     when = f", begun {date(first['time'])}" if first else ""
     state = next((e["event"] for e in reversed(f.events) if e["event"] in _STATES), "")
     said = _STATES.get(state)
-    return f"{f.model.family} model of {f.model.num_parameters:,} parameters{when}{f'; {said}' if said else ''}."
+    return f"{f.model.family} model of {f.parameters:,} parameters{when}{f'; {said}' if said else ''}."
 
 
 def _facts(f: Found) -> list[tuple[str, str]]:

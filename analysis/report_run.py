@@ -1,6 +1,7 @@
 """What the report reads of a run, and what it says of the training itself: curves, meshes, data, series, ledger."""
 
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from checkpoint.series import Series
 from data.chunks import DataManifest
 from errors import RunError, UserError
 from parallel.mesh import MeshConfig
+from parallel.topology import Peak
 from training.config import Family, model_from_dict
 from training.metrics import read_lines
 from training.record import RunRecord, Segment
@@ -93,6 +95,13 @@ class Found:
             return RunRecord(self.run, self.families)
         except UserError:
             return None
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many the model has: as its first checkpoint says, which needs no model."""
+        tensors = next((e.manifest.tensors for e in self.series), {})
+        stored = [math.prod(t["shape"]) for name, t in tensors.items() if name.startswith("params/")]
+        return sum(stored) or self.model.num_parameters
 
     @cached_property
     def per_step(self) -> int:
@@ -269,11 +278,10 @@ def _rates(f: Found, section: Section) -> None:
     sx, sy = [a for a, _ in speed], [m["tokens_per_s"] for _, m in speed]
     where = spans([(s.step * f.per_step, mesh_text(s.mesh)) for s in _trained(f)], x[-1])
     panels = [Panel("Tokens per second", [Line("", sx, sy, style="band", color=0)], "", where)]
-    mfu = [(a, 100 * m["mfu_causal"]) for a, m in speed if m.get("mfu_causal") is not None]
-    if mfu:
-        panels.append(
-            Panel("Model FLOPs utilization, %", [Line("", *across(mfu), style="band", color=2)], "", _bare(where))
-        )
+    against, mfu = _peak(f), [(a, 100 * m["mfu_causal"]) for a, m in speed if m.get("mfu_causal") is not None]
+    if mfu and against:
+        title = f"MFU, % of {against} (causal attention counted)"
+        panels.append(Panel(title, [Line("", *across(mfu), style="band", color=2)], "", _bare(where)))
     middle = sorted(sy)[len(sy) // 2]
     says = f"The median is {short(middle)} tokens per second"
     if len(where) > 1:
@@ -284,6 +292,12 @@ def _rates(f: Found, section: Section) -> None:
         f"{says}.", curves("throughput", panels, "tokens", columns=2, height=2.5),
         ("tokens", "tokens per second", "least", "greatest"), thin(sx, sy),
     )  # fmt: skip
+
+
+def _peak(f: Found) -> str | None:
+    """What utilisation is measured against, as the ledger says; None where that is no data sheet's figure."""
+    peaks = {str(Peak(**e["peak"])) if e.get("peak") else None for e in starts(f)}
+    return " or ".join(sorted(filter(None, peaks))) if None not in peaks else None
 
 
 def _bare(marks: Sequence[Mark]) -> list[Mark]:

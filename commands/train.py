@@ -12,7 +12,6 @@ from errors import UserError
 from models import families
 from parallel.hosts import HostFlags
 from training.config import RunConfig
-from training.datasets import open_data, prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,7 @@ def run(args: Args) -> tuple[dict[str, Any] | None, int]:
 def _train(args: Args, lead: bool) -> tuple[dict[str, Any], int]:
     from data.mixed import MixedData
     from training import loop
+    from training.datasets import open_data, prepared
     from training.guard import Fault
 
     if args.steps is not None and args.steps < 1:
@@ -92,6 +92,8 @@ def _train(args: Args, lead: bool) -> tuple[dict[str, Any], int]:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         again = "" if outcome.reason == "finished" else "; the same command continues"
         print(f"{args.run}: {outcome.reason} after {outcome.step} steps, {outcome.tokens:,} tokens{loss}{again}")
+        how = "was found in the compile cache" if outcome.compile_cached else "was compiled"
+        print(f"the training step {how} in {outcome.compile_s:.1f} s")
     return dataclasses.asdict(outcome), EXIT_STOPPED if outcome.reason == "interrupted" else 0
 
 

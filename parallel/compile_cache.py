@@ -40,13 +40,17 @@ def enable(where: str | None, note: Callable[[str], None]) -> Path | None:
         UserError: `where` names a file.
     """
     chosen = where or os.environ.get(VARIABLE)
-    if chosen == "off" or (not chosen and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+    if not chosen and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
-    if chosen and Path(chosen).is_file():
+    if chosen != "off" and chosen and Path(chosen).is_file():
         raise UserError(f"--compile-cache {chosen}: is a file; give a folder, or off")
     import jax
     from jax._src import compilation_cache  # its store of entries has no public name
 
+    compilation_cache.reset_cache()
+    if chosen == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
     path = (Path(chosen) if chosen else _user_cache() / "llm360" / "compiled").absolute() / processor()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,6 @@ def enable(where: str | None, note: Callable[[str], None]) -> Path | None:
     except OSError as e:
         note(f"{path}: compiled programs are not kept: {e.strerror}")
         return None
-    compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs take most of a start
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -9,15 +9,14 @@ import functools
 import itertools
 import math
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Literal
 
 from errors import UserError
 from parallel.axes import MESH_AXES
+
+if TYPE_CHECKING:
+    import jax
 
 _GIB = 2**30
 
@@ -188,7 +187,7 @@ class Topology:
         return result
 
     @classmethod
-    def of(cls, devices: Sequence[jax.Device]) -> "Topology":
+    def of(cls, devices: "Sequence[jax.Device]") -> "Topology":
         """What live devices form: their torus by their coordinates, their nodes by their hosts.
 
         Raises:
@@ -387,34 +386,23 @@ def _rate(bandwidth: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Dense matrix throughput of all devices of a mesh together."""
+    """Dense matrix throughput of all devices of a mesh together, by their vendor's data sheet."""
 
     flops: float
-    """FLOP/s."""
+    """FLOP/s in bfloat16, whatever a run computes in."""
     source: str
-    """Where the number is from: a data sheet, or a measurement on this machine."""
+    """The data sheet."""
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e12:,.4g} bfloat16 TFLOP/s"
 
 
-def peak(devices: list[jax.Device]) -> Peak | None:
-    """Peak of these devices together, or None for an accelerator that the table does not know.
+def peak(devices: "Sequence[jax.Device]") -> Peak | None:
+    """Peak of these devices together; None for CPUs, and for an accelerator that the table does not know.
 
-    CPU devices have no data sheet that holds for this machine, and simulated ones share its cores: for them one large
-    float32 matrix product is timed, and that is the peak of all of them together.
+    A CPU has no figure to hold a run against: no data sheet says what this machine gives to this process, and a matrix
+    product that is timed at the start says only how busy the machine was then (utilisations of 292 % came of it).
     """
     kind = devices[0].device_kind
-    if devices[0].platform == "cpu":
-        return Peak(_measured_matmul(devices[0]), "measured: one float32 matrix product on this machine's cores")
-    chip = next((c for c in CHIPS.values() if kind in c.kinds), None)
+    chip = next((c for c in CHIPS.values() if kind in c.kinds and devices[0].platform != "cpu"), None)
     return None if chip is None else Peak(chip.flops["bfloat16"] * len(devices), chip.source)
-
-
-def _measured_matmul(device: jax.Device, size: int = 1024, repeats: int = 5) -> float:
-    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
-    product = jax.jit(jnp.dot)
-    product(x, x).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

@@ -15,20 +15,29 @@ import tempfile
 from pathlib import Path
 
 # Many tests train the same tiny model: each program is compiled once for all of them, and for the processes that they
-# start. Another process of pytest finds the folder of the first one.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# start. The other processes of pytest-xdist have the variable, and so the folder, of the one that started them. The
+# user's own cache would hide what a test must compile.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["LLM360_COMPILE_CACHE"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["LLM360_COMPILE_CACHE"], ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
+import numpy as np
 import pytest
 
 from amber_jax.recipes import amber_tiny
+from parallel import compile_cache
 from parallel.mesh import MeshConfig
+from tests.budget import Budget
+
+compile_cache.enable(None, print)
+
+
+def pytest_configure(config):
+    """Count CPU seconds."""
+    config.pluginmanager.register(Budget())
 
 
 @pytest.fixture
@@ -54,3 +63,39 @@ def tiny():
     series = dataclasses.replace(recipe.series, rolling_every_steps=3)
     mesh = MeshConfig(data=8)
     return dataclasses.replace(recipe, model=model, data=data, optimizer=optimizer, series=series, mesh=mesh)
+
+
+SMALL = [
+    "--model.vocab-size=300", "--model.num-layers=1", "--model.embed=32", "--model.num-heads=2", "--model.head-dim=16",
+    "--model.mlp=32", "--model.context-length=32", "--data.sequence-length=32", "--data.chunks=2",
+    "--data.global-batch=8", "--data.validation-per-source=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def two_sources(tmp_path_factory):
+    """A run of two chunks, of two sources, made through the command line. Not to be written to: `trained` is."""
+    import run as cli
+
+    folder = tmp_path_factory.mktemp("two-sources")
+    rng = np.random.default_rng(0)
+    for name in ("prose", "code"):
+        (folder / name).mkdir()
+        for n in range(12):
+            words = rng.choice(["alpha", "beta", "gamma", "def", "return", "0", "1"], size=150)
+            (folder / name / f"{n}.txt").write_text(f"{name} {n} " + " ".join(words))
+    sources = [f"--source={name}={folder / name}" for name in ("prose", "code")]
+    assert cli.main(["prepare", "amber_tiny", f"--out={folder / 'data'}", "--workers=1", *sources, *SMALL]) == 0
+    mesh = "--mesh=data=4,fsdp=2"
+    words = ["train", "amber_tiny", f"--data={folder / 'data'}", f"--run={folder / 'run'}", mesh, *SMALL]
+    assert cli.main(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(two_sources, tmp_path_factory):
+    """A module's own copy of that run, in ``run``, and of its data, in ``data``."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("data", "run"):
+        shutil.copytree(two_sources / name, folder / name)
+    return folder

@@ -157,10 +157,9 @@ def test_times_synthetic_steps(capsys):
     assert code == 0
     timing = json.loads(out)
     assert timing["steps"] == 3
-    for field in ("compile_s", "median_step_time_s", "tokens_per_s", "mfu_causal", "peak_bytes_per_device_planned"):
+    for field in ("compile_s", "median_step_time_s", "tokens_per_s", "peak_bytes_per_device_planned"):
         assert timing[field] > 0, field
-    assert timing["mfu_full"] > timing["mfu_causal"]
-    assert "measured" in timing["peak_flops_source"]
+    assert {timing[field] for field in ("mfu_full", "mfu_causal", "peak_flops")} == {None}, "a CPU has no peak"
     assert timing["first_loss"] == pytest.approx(np.log(300), abs=0.1)
 
 

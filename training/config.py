@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from checkpoint.manifest import is_name
-from data.dataset import SyntheticData, TokenData
 from data.mixture import Part
 from data.sample import PhaseSamples, Schedule
 from errors import UserError
@@ -25,6 +24,7 @@ from parallel.plan import Schedule as PipelineSchedule
 from training.optimizer import OptimizerConfig, at_least
 
 if TYPE_CHECKING:  # a configuration is made, checked, written and read without JAX
+    from data.dataset import SyntheticData, TokenData
     from layers.region import Region
 
 
@@ -421,7 +421,7 @@ class RunConfig:
                 "and activations between matrices are split along the sequence"
             )
 
-    def resolve(self, data: TokenData) -> "RunConfig":
+    def resolve(self, data: "TokenData") -> "RunConfig":
         """This config with what it leaves open taken from the data, checked against it.
 
         Args:
@@ -498,12 +498,14 @@ class RunConfig:
             )
         return config
 
-    def synthetic(self, steps_per_chunk: int = 100) -> SyntheticData:
+    def synthetic(self, steps_per_chunk: int = 100) -> "SyntheticData":
         """Random tokens in this recipe's layout, as much as the run reads.
 
         Args:
             steps_per_chunk: batches in a chunk, or in a phase, whose size the recipe leaves open.
         """
+        from data.dataset import SyntheticData
+
         d, batch = self.data, self.data.global_batch
         if d.layout == "chunks":
             return SyntheticData.of_chunks(

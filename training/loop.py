@@ -52,13 +52,18 @@ class Outcome:
     resumed_from: int | None
     """Step that this call continued from, None for a new run."""
     compile_s: float
+    """Seconds to trace and compile the train step, or to find it compiled."""
+    compile_cached: bool
+    """Whether it was found in the compile cache."""
     peak_bytes_per_device: int
     """Planned by the compiler."""
     median_step_time_s: float | None
     tokens_per_s: float | None
     """From the median step."""
     mfu_causal: float | None
+    """Model FLOP utilisation that counts the half of attention which a causal model needs; None: no peak is known."""
     mfu_full: float | None
+    """The same, counting attention as if every position read every other."""
 
 
 def train(
@@ -126,6 +131,7 @@ def train(
             execution=dataclasses.asdict(config.execution),
             parent=parent and parent.manifest.name,
             parent_sha256=parent and parent.sha256,
+            peak=program.peak and dataclasses.asdict(program.peak),
             **made_by(mesh),
             **_read_from(data),
         )
@@ -445,7 +451,7 @@ class Log:
 
     def __init__(self, program: Program, metrics: MetricsWriter, watch: Watch):
         self.program, self.metrics, self.watch = program, metrics, watch
-        self.progress = ProgressLine(program.config.total_steps, writes=metrics.writes)
+        self.progress = ProgressLine(program.config.total_steps, peak=program.peak, writes=metrics.writes)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = time.perf_counter()
         self.times: list[float] = []
@@ -518,6 +524,7 @@ class Log:
             validation_loss=self.validation_loss,
             resumed_from=resumed_from,
             compile_s=self.program.compile_s,
+            compile_cached=self.program.compile_cached,
             peak_bytes_per_device=self.program.peak_bytes,
             median_step_time_s=median,
             tokens_per_s=speed.get("tokens_per_s"),
@@ -579,6 +586,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
         "sequence_length": config.data.sequence_length,
         "steps": num_steps,
         "compile_s": program.compile_s,
+        "compile_cached": program.compile_cached,
         "median_step_time_s": median,
         **{k: v for k, v in program.throughput(median).items() if k != "step_time_s"},
         "peak_flops": program.peak and program.peak.flops,

@@ -210,8 +210,16 @@ def duration(seconds: float) -> str:
 class ProgressLine:
     """One line per logged step on stderr: rewritten in place on a terminal, every few seconds elsewhere."""
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, every_s: float = 10.0, writes: bool = True):
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        every_s: float = 10.0,
+        writes: bool = True,
+        peak: object | None = None,
+    ):
         self.total = total_steps
+        self.peak = peak
         self.writes = writes
         self.stream = stream or sys.stderr
         self.in_place = writes and self.stream.isatty()
@@ -232,7 +240,7 @@ class ProgressLine:
         line = (
             f"step {step + 1}/{self.total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tokens/s  "
-            f"MFU {'-' if mfu is None else f'{mfu:.1%}'}  left {duration(left)}"
+            f"MFU {'-' if mfu is None else f'{mfu:.1%} (causal, of {self.peak})'}  left {duration(left)}"
         )
         print(f"\r\x1b[K{line}" if self.in_place else line, end="" if self.in_place else "\n", file=self.stream)
         self.stream.flush()

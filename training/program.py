@@ -16,7 +16,7 @@ from data.batch import Batch
 from data.dataset import TokenData
 from data.sample import Sample
 from layers.region import Region
-from parallel import topology
+from parallel import compile_cache, topology
 from training import state as states
 from training import step as steps
 from training.config import RunConfig
@@ -40,7 +40,9 @@ class Program:
     eval_step: Any = None
     """Jitted ``(params, batch) -> {"loss_sum", "weight"}``; compiles when first called."""
     compile_s: float = 0.0
-    """Seconds to trace and compile the train step."""
+    """Seconds to trace and compile the train step, or to find it compiled."""
+    compile_cached: bool = False
+    """Whether it was found in the compile cache (`parallel.compile_cache`)."""
     peak_bytes: int = 0
     """Memory of the train step on each device as the compiler plans it: state, batch and temporaries."""
     peak: topology.Peak | None = None
@@ -72,14 +74,16 @@ class Program:
 
     def compile(self) -> "Program":
         """This plan with its steps traced and compiled."""
-        start = time.perf_counter()
+        start, hits = time.perf_counter(), compile_cache.hits()
         compiled = self.trace().lower().compile()
+        cached = compile_cache.hits() > hits
         return dataclasses.replace(
             self,
             train_step=compiled,
             pass_over=jax.jit(states.pass_over, donate_argnums=0, out_shardings=states.shardings(self.abstract)),
             eval_step=steps.make_eval_step(self.config.model, self.region, self.mesh),
             compile_s=time.perf_counter() - start,
+            compile_cached=cached,
             peak_bytes=planned_bytes(compiled),
             peak=topology.peak(list(self.mesh.devices.flat)),
         )
@@ -89,7 +93,7 @@ class Program:
         return states.init_state(self.config.model, self.optimizer, self.mesh, self.config.seed)
 
     def throughput(self, step_time_s: float) -> dict[str, Any]:
-        """tokens/s over the whole mesh and model FLOP utilisation under both conventions (None: peak not known)."""
+        """tokens/s over the whole mesh and model FLOP utilisation under both conventions, of `peak` (None: no peak)."""
         tokens_per_s = self.config.data.tokens_per_step / float(step_time_s)
         result: dict[str, Any] = {"step_time_s": step_time_s, "tokens_per_s": tokens_per_s}
         for name, causal in (("mfu_causal", True), ("mfu_full", False)):

@@ -1,7 +1,5 @@
 """Topologies by name and from live devices, and the links that mesh axes travel over."""
 
-import math
-
 import jax
 import pytest
 
@@ -173,11 +171,8 @@ def test_every_chip_says_where_its_figures_are_from():
     assert len(kinds) == len(set(kinds))
 
 
-def test_peak_of_simulated_devices_is_measured():
-    peak = topology.peak(jax.devices())
-    assert "measured" in peak.source
-    assert math.isfinite(peak.flops)
-    assert peak.flops > 1e8
+def test_a_cpu_has_no_peak_to_be_held_against():
+    assert topology.peak(jax.devices()) is None
 
 
 def test_peak_of_a_chip_is_its_data_sheets():
