@@ -63,7 +63,7 @@ class Budget:
         """Send the seconds of a phase with its report, which pytest-xdist carries as it is."""
         report = yield
         now = cpu_seconds()
-        report.cpu_seconds = {item.nodeid.split("@")[0]: now - self.last, **self.fixtures}
+        report.cpu_seconds = {item.nodeid: now - self.last, **self.fixtures}
         self.last = now
         self.fixtures = {}
         return report
@@ -98,8 +98,8 @@ class Budget:
         over = [(name, seconds) for name, seconds in slowest if seconds > self.budget(name)]
         for name, seconds in over:
             out.write_line(f"above its budget of {self.budget(name):g} ({FILE.name}): {name}, {seconds:.1f}")
-        # Workers under pytest-xdist are children that have not been waited for yet.
-        total = self.workers + cpu_seconds() if self.workers else cpu_seconds()
+        # Workers of pytest-xdist are children of this process, which may not have waited for them yet.
+        total = max(cpu_seconds(), self.workers)
         out.write_line(f"{total:8.1f}  in all, {len(over)} above their budget")
         if where := os.environ.get("CPU_SECONDS_JSON"):
             Path(where).write_text(json.dumps({"total": total, "tests": dict(slowest)}, indent=1))

@@ -252,6 +252,21 @@ def _section(build, run):
     return section, Page("".join(section.parts)), found
 
 
+def test_utilisation_is_shown_against_a_data_sheet_alone(run_dir, tmp_path):
+    """And beside the peak that the ledger names; a run on CPUs has none, nor has one of code that measured it."""
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    assert "MFU" not in _write(run, tmp_path / "none.html")[1].said
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(m | ({"mfu_causal": 2.92} if m["kind"] == "train" else {})) + "\n" for m in lines)
+    (run / "metrics.jsonl").write_text(text)
+    assert "MFU" not in _write(run, tmp_path / "unnamed.html")[1].said
+    events = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    peak = {"flops": 989.4e12, "source": "a data sheet"}
+    told = [e | ({"peak": peak} if e["event"] in ("start", "resume") else {}) for e in events]
+    (run / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in told))
+    assert "MFU, % of 989.4 bfloat16 TFLOP/s (causal attention counted)" in _write(run, tmp_path / "named.html")[1].said
+
+
 def test_results_of_several_settings_are_named_first(run_dir, tmp_path):
     run = _bare(run_dir, tmp_path)
     _put(run, "unheard-of", {"a": 1.0}, settings={"version": 1, "length": 8, "seed": 1})
