@@ -1,7 +1,8 @@
-"""One study of the checkpoints that REF names: what is missing of its results, in DIR/results."""
+"""Studies of the checkpoints that REF names: what is missing of their results, in DIR/results."""
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ T = TypeVar("T")
 
 #: Settings of each study, by the word after `analyze`: (module, class).
 STUDIES = {
+    "evaluate": ("analysis.evaluate", "Evaluate"),
     "perplexity": ("analysis.perplexity", "Perplexity"),
     "memorization": ("analysis.memorization", "Memorization"),
     "contamination": ("analysis.contamination", "Contamination"),
@@ -46,12 +48,30 @@ class Args(Generic[T]):
 
 
 def settings_of(kind: str) -> Any:
-    """The settings class of a study. UserError: there is none of that name."""
-    if kind not in STUDIES:
-        wrong = f"no study {kind!r}{nearest(kind, STUDIES)}" if kind else "write run.py analyze KIND REF"
-        raise UserError(f"analyze: {wrong}; there are {', '.join(STUDIES)}")
-    module, name = STUDIES[kind]
-    return getattr(importlib.import_module(module), name)
+    """The settings class of a study, or of several with commas between them. UserError: there is none of that name."""
+    kinds = kind.split(",")
+    for one in kinds:
+        if one not in STUDIES:
+            wrong = f"no study {one!r}{nearest(one, STUDIES)}" if one else "write run.py analyze KIND REF"
+            raise UserError(f"analyze: {wrong}; there are {', '.join(STUDIES)}")
+    if len(set(kinds)) < len(kinds):
+        raise UserError(f"analyze: {kind} names a study twice")
+    classes = {one: getattr(importlib.import_module(STUDIES[one][0]), STUDIES[one][1]) for one in kinds}
+    if len(classes) == 1:
+        return classes[kind]
+    fields = [(one, cls, dataclasses.field(default_factory=cls)) for one, cls in classes.items()]
+    several = dataclasses.make_dataclass("Several", fields, bases=(_Several,), frozen=True)
+    several.__doc__ = f"{kind}: one after the other on each checkpoint, which is read once for all of them."
+    return several
+
+
+class _Several:
+    """Settings of several studies, each in a field of its name: ``--memorization.sequences 20``."""
+
+    def open(self, target: Any, note: Callable[[str], None]) -> list[Any]:
+        """All that they ask of a checkpoint, in their order."""
+        settings = [getattr(self, f.name) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return [study for one in settings for study in one.open(target, note)]
 
 
 def run(args: Args[Any]) -> tuple[dict[str, Any], int]:
@@ -71,4 +91,6 @@ def overview() -> str:
     """What studies there are."""
     each = [f"  {kind:14} {settings_of(kind).__doc__.splitlines()[0]}" for kind in STUDIES]
     usage = ["usage: run.py analyze KIND REF [--json] [OPTIONS]", "", "KIND is one of", *each, ""]
-    return "\n".join([*usage, "run.py analyze KIND --help lists the options of one"])
+    return "\n".join(
+        [*usage, "KIND,KIND makes several of them in one go; run.py analyze KIND --help lists the options"]
+    )
