@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint parity scale aot lock clean
+.PHONY: setup demo test test-all lint parity scale aot lock clean
 
 setup: $(READY)
 
@@ -22,8 +22,12 @@ $(READY): requirements.lock setup.cfg pyproject.toml
 demo: $(READY)
 	$(RUN) run.py demo
 
-# Two processes: more gain nothing on two cores, where XLA's compiler is what takes the time.
+# Every law at least once, in minutes. Two processes: more gain nothing on two cores, where XLA's compiler is what takes
+# the time.
 test: $(READY)
+	$(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow and not thorough" $(TESTS)
+
+test-all: $(READY)
 	$(RUN) -m pytest -q -n 2 --dist worksteal $(TESTS)
 
 lint: $(READY)

@@ -235,13 +235,15 @@ class ProgressLine:
         if not self.in_place and not last_step and now - self.last < self.every_s:
             return
         self.last = now
-        left = (self.total - step - 1) * values["step_time_s"]
         mfu = values.get("mfu_causal")
         line = (
             f"step {step + 1}/{self.total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tokens/s  "
-            f"MFU {'-' if mfu is None else f'{mfu:.1%} (causal, of {self.peak})'}  left {duration(left)}"
+            f"grad {values['grad_norm']:.2f}"
         )
+        if "tokens_per_s" in values:  # a replay is not timed
+            of_peak = "-" if mfu is None else f"{mfu:.1%} (causal, of {self.peak})"
+            left = duration((self.total - step - 1) * values["step_time_s"])
+            line += f"  {values['tokens_per_s']:,.0f} tokens/s  MFU {of_peak}  left {left}"
         print(f"\r\x1b[K{line}" if self.in_place else line, end="" if self.in_place else "\n", file=self.stream)
         self.stream.flush()
 

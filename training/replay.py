@@ -344,7 +344,7 @@ class _Comparison:
             return
         (step, values), self._pending = self._pending, None
         found = {name: float(values[name]) for name in self.largest}
-        line.show(step, found | {"step_time_s": 0.0, "tokens_per_s": 0.0})
+        line.show(step, found)
         logged = self._record.logged.get(step)
         if logged is None:
             return

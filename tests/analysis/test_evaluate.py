@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import models
 import run as command
 from analysis import results
 from analysis.code import CodeOptions
@@ -24,6 +25,7 @@ from analysis.suites import MMLU_GROUPS, MMLU_SUBJECTS, SUITES, TASKS, Asked, Pa
 from crystal_jax.recipes import crystal_tiny
 from errors import RunError, UserError
 from inference.score import TokenScores
+from training.datasets import open_data
 
 BENCHMARKS = Path(__file__).resolve().parents[2].parent / "shared" / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.exists(), reason=f"reads the benchmarks' files in {BENCHMARKS}")
@@ -266,7 +268,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def target(trained):
-    return Target(f"{trained}/run@all", command.families(), command.open_data)
+    return Target(f"{trained}/run@all", models.families(), open_data)
 
 
 @dataclasses.dataclass
@@ -512,7 +514,7 @@ def test_a_tokenizer_of_another_model_is_refused(trained, made_up, tmp_path):
     from data.tokenizer import train_tokenizer
 
     train_tokenizer(["alpha beta gamma " * 50], 275, tmp_path / "other.model")
-    other = Target(f"{trained}/run@0", command.families(), command.open_data, tokenizer=tmp_path / "other.model")
+    other = Target(f"{trained}/run@0", models.families(), open_data, tokenizer=tmp_path / "other.model")
     small = dataclasses.replace(other.model, vocab_size=500)
     other.model = small
     with pytest.raises(UserError, match="this tokenizer has 275 ids"):

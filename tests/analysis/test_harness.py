@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
 import numpy as np
 import pytest
 
+import models
 import run as command
 from analysis.evaluate import Evaluate
 from analysis.harness import check_ties, open_lm
@@ -19,6 +20,7 @@ from checkpoint.series import Series
 from data.tokenizer import load, train_tokenizer
 from errors import RunError, UserError
 from inference.score import TokenScores
+from training.datasets import open_data
 
 from .test_evaluate import BENCHMARKS, needs_benchmarks
 
@@ -194,7 +196,7 @@ def both(tmp_path_factory):
     (folder / "hf" / "tokenizer.model").write_bytes(file.read_bytes())
     theirs = transformers.LlamaTokenizer(str(file), legacy=True)
     assert command.main(["import", str(folder / "hf"), "--run", str(folder / "run")]) == 0
-    target = Target(f"{folder}/run@0", command.families(), command.open_data)
+    target = Target(f"{folder}/run@0", models.families(), open_data)
     entry = Series(folder / "run").resolve("0")[0]
     subject = Subject(target, entry, target.load(entry))
     return subject, lambda bos=None: HFLM(pretrained=model, tokenizer=theirs, batch_size=8, add_bos_token=bos)

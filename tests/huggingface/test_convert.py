@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import models
 import run as command
 from amber_jax.convert import FORMAT as AMBER
 from amber_jax.recipes import amber_7b, amber_tiny
@@ -35,9 +36,9 @@ SETS = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
 
 def bring(source, run, recipes=None, recipe=None, place=None, every=()):
     """Import, without transformers (`tests/amber_jax/test_transformers.py` has that)."""
-    known = command.recipes() if recipes is None else recipes
+    known = models.recipes() if recipes is None else recipes
     return import_folder(
-        Path(source), Path(run), command.formats(), command.families(), known, recipe, place, every, False, print
+        Path(source), Path(run), models.formats(), models.families(), known, recipe, place, every, False, print
     )
 
 

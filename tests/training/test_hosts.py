@@ -33,9 +33,10 @@ FAST = "--xla_backend_optimization_level=0"  # see tests/conftest.py
 PROCESS = """
 import dataclasses, json, sys
 from pathlib import Path
-from parallel import distributed
+from parallel import compile_cache, distributed
 from parallel.mesh import simulate
 
+compile_cache.enable(None, print)
 process, processes, port, devices, run, steps, seed, verifies = sys.argv[1:]
 simulate(int(devices) // int(processes), check=False)
 flags = distributed.HostFlags(f"localhost:{port}", int(processes), int(process))
