@@ -278,7 +278,7 @@ def _rates(f: Found, section: Section) -> None:
     sx, sy = [a for a, _ in speed], [m["tokens_per_s"] for _, m in speed]
     where = spans([(s.step * f.per_step, mesh_text(s.mesh)) for s in _trained(f)], x[-1])
     panels = [Panel("Tokens per second", [Line("", sx, sy, style="band", color=0)], "", where)]
-    against, mfu = _peak(f), [(a, 100 * m["mfu_causal"]) for a, m in speed if m.get("mfu_causal") is not None]
+    against, mfu = peak_of(f), [(a, 100 * m["mfu_causal"]) for a, m in speed if m.get("mfu_causal") is not None]
     if mfu and against:
         title = f"MFU, % of {against} (causal attention counted)"
         panels.append(Panel(title, [Line("", *across(mfu), style="band", color=2)], "", _bare(where)))
@@ -294,7 +294,7 @@ def _rates(f: Found, section: Section) -> None:
     )  # fmt: skip
 
 
-def _peak(f: Found) -> str | None:
+def peak_of(f: Found) -> str | None:
     """What utilisation is measured against, as the ledger says; None where that is no data sheet's figure."""
     peaks = {str(Peak(**e["peak"])) if e.get("peak") else None for e in starts(f)}
     return " or ".join(sorted(filter(None, peaks))) if None not in peaks else None

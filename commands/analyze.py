@@ -15,7 +15,6 @@ T = TypeVar("T")
 
 #: Settings of each study, by the word after `analyze`: (module, class).
 STUDIES = {
-    "evaluate": ("analysis.evaluate", "Evaluate"),
     "perplexity": ("analysis.perplexity", "Perplexity"),
     "memorization": ("analysis.memorization", "Memorization"),
     "contamination": ("analysis.contamination", "Contamination"),
@@ -23,6 +22,7 @@ STUDIES = {
     "bold": ("analysis.bold", "Bold"),
     "toxicity": ("analysis.toxicity", "Toxicity"),
     "toxigen": ("analysis.toxigen", "Toxigen"),
+    "evaluate": ("analysis.evaluate", "Evaluate"),
 }
 
 

@@ -94,6 +94,7 @@ def test_series_compares_two_and_rebuilds_its_list(work, capsys):
     assert (code, "ask one thing" in err) == (2, True)
 
 
+@pytest.mark.thorough
 def test_verify_replays_the_run(work, capsys):
     code, out, _ = call(capsys, "verify", work / "run", "--simulate", 8, "--json")
     (replay,) = json.loads(out)["replays"]
@@ -163,6 +164,7 @@ def test_times_synthetic_steps(capsys):
     assert timing["first_loss"] == pytest.approx(np.log(300), abs=0.1)
 
 
+@pytest.mark.thorough
 def test_times_more_steps_than_synthetic_data_holds_by_default(capsys):
     code, out, _ = call(capsys, "train", "amber_tiny", "--data", "synthetic", "--steps", 205, "--json", *MESH, *SMALL)
     assert code == 0
@@ -268,6 +270,24 @@ def test_a_study_must_be_named(capsys):
     assert "write run.py analyze KIND REF; there are perplexity," in err
 
 
+def test_several_studies_in_one_go(work, capsys):
+    """Each is what it is alone: made together, there is nothing left for one of them to make."""
+    settings = ["--evaluate.limit", 4, "--perplexity.window", 16]
+    code, out, _ = call(capsys, "analyze", "evaluate,perplexity,weights", f"{work / 'run'}@all", *settings, "--json")
+    assert code == 0
+    kinds = {r["kind"] for r in json.loads(out)["results"]}
+    assert {"evaluate/heldout", "perplexity", "weights"} <= kinds
+    code, out, _ = call(capsys, "analyze", "perplexity", f"{work / 'run'}@all", "--window", 16, "--json")
+    assert (code, json.loads(out)["made"], json.loads(out)["kept"]) == (0, 0, 3)
+    code, _, err = call(capsys, "analyze", "perplexity,weights,perplexity", f"{work / 'run'}@all")
+    assert code == 2
+    assert "perplexity,weights,perplexity names a study twice" in err
+    code, _, err = call(capsys, "analyze", "perplexity,weight", f"{work / 'run'}@all")
+    assert code == 2
+    assert "no study 'weight'; did you mean 'weights'?" in err
+
+
+@pytest.mark.thorough
 def test_sigterm_saves_and_exits_with_75(tmp_path):
     """A process of its own is told to stop in the middle of training; the same command then finishes the run."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
@@ -303,6 +323,7 @@ def test_series_check_misses_the_first(work, capsys, tmp_path):
     assert "its parent is init, which is missing" in err
 
 
+@pytest.mark.thorough
 def test_the_script_starts_from_anywhere(tmp_path):
     """As a process of its own, without the test's environment: stdout holds one JSON object and nothing else."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}

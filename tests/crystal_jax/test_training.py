@@ -10,6 +10,7 @@ from crystal_jax.recipes import crystal_tiny
 from data.batch import Batch
 from errors import UserError
 from parallel.mesh import MeshConfig
+from tests.tiers import thorough
 from training.state import init_state
 from training.step import NO_LIMITS, batch_sharding, make_loss_and_gradients, make_train_step
 
@@ -66,7 +67,12 @@ def one_device(small):
 
 @pytest.mark.parametrize(
     ("mesh", "gather"),
-    [("tensor=8", "layer"), ("fsdp=2,tensor=4", "layer"), ("fsdp=2,tensor=4", "once"), ("data=4,tensor=2", "once")],
+    [
+        thorough("tensor=8", "layer"),
+        ("fsdp=2,tensor=4", "layer"),
+        thorough("fsdp=2,tensor=4", "once"),
+        thorough("data=4,tensor=2", "once"),
+    ],
 )
 def test_any_mesh_equals_one_device(small, one_device, mesh, gather):
     """Contract 3, over three phases, with masked targets. Seen: 3e-7 in the losses, 1e-6 in the parameters."""
@@ -85,6 +91,7 @@ def test_any_mesh_equals_one_device(small, one_device, mesh, gather):
     assert weights["layers"]["mlp"]["gate"].shape == (2, 32, 43), "the padding is nowhere but in the layer"
 
 
+@pytest.mark.thorough
 def test_bfloat16_on_a_mesh_stays_near_one_device(small):
     small = dataclasses.replace(small, execution=dataclasses.replace(small.execution, compute_dtype="bfloat16"))
     np.testing.assert_allclose(run(small, "fsdp=2,tensor=4")[0], run(small, "data=1")[0], rtol=5e-3)
@@ -96,7 +103,7 @@ def test_a_width_that_cannot_be_spread_is_refused(small):
         small.check_mesh({"pipeline": 1, "data": 1, "fsdp": 1, "tensor": 8})
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=1", thorough("tensor=4")])
 def test_updates_equal_a_float64_optimizer(small, mesh):
     """Fact sheet 2.2 by its formula, over three phases of four steps: muP groups, decay groups, eps, restarts, clip."""
     degrees = MeshConfig.parse(mesh)

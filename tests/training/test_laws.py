@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.tiers import thorough
 from tests.training.ways import (
     ROWS,
     STEPS,
@@ -71,7 +72,7 @@ QUICK = (WAYS[3], WAYS[7], WAYS[9])
 
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "how"),
-    [pytest.param(*way, marks=[] if way in QUICK else [pytest.mark.thorough]) for way in WAYS],
+    [way if way in QUICK else thorough(*way) for way in WAYS],
     ids=str,
 )
 def test_any_mesh_equals_one_device(tiny, mesh_of, mesh, microbatches, how):
