@@ -94,7 +94,6 @@ def test_series_compares_two_and_rebuilds_its_list(work, capsys):
     assert (code, "ask one thing" in err) == (2, True)
 
 
-@pytest.mark.thorough
 def test_verify_replays_the_run(work, capsys):
     code, out, _ = call(capsys, "verify", work / "run", "--simulate", 8, "--json")
     (replay,) = json.loads(out)["replays"]
@@ -164,7 +163,6 @@ def test_times_synthetic_steps(capsys):
     assert timing["first_loss"] == pytest.approx(np.log(300), abs=0.1)
 
 
-@pytest.mark.thorough
 def test_times_more_steps_than_synthetic_data_holds_by_default(capsys):
     code, out, _ = call(capsys, "train", "amber_tiny", "--data", "synthetic", "--steps", 205, "--json", *MESH, *SMALL)
     assert code == 0
@@ -287,7 +285,6 @@ def test_several_studies_in_one_go(work, capsys):
     assert "no study 'weight'; did you mean 'weights'?" in err
 
 
-@pytest.mark.thorough
 def test_sigterm_saves_and_exits_with_75(tmp_path):
     """A process of its own is told to stop in the middle of training; the same command then finishes the run."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
@@ -323,7 +320,6 @@ def test_series_check_misses_the_first(work, capsys, tmp_path):
     assert "its parent is init, which is missing" in err
 
 
-@pytest.mark.thorough
 def test_the_script_starts_from_anywhere(tmp_path):
     """As a process of its own, without the test's environment: stdout holds one JSON object and nothing else."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}

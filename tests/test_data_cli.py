@@ -67,7 +67,6 @@ def test_a_dry_run_counts_files(work, capsys):
     assert json.loads(out)["files"]["a"]["files"] == 20
 
 
-@pytest.mark.thorough
 def test_crystal_is_prepared_and_trained_in_phases(work, capsys):
     """Three phases with FIM, from text to checkpoints; stopped inside a phase and continued."""
     sources = [word for name in ("prose", "docs", "code") for word in ("--source", f"{name}={work / name}")]

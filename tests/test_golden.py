@@ -20,7 +20,6 @@ from inference.generate import generate
 from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
-from tests.tiers import thorough
 from training.step import batch_sharding, make_loss_and_gradients
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,7 +47,7 @@ def test_all_sets_are_there():
     assert len(SETS) == 9
 
 
-@pytest.mark.parametrize("mesh", ["data=1", thorough("tensor=2"), "tensor=4", thorough("data=2,fsdp=2,tensor=2")])
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=2", "tensor=4", "data=2,fsdp=2,tensor=2"])
 @pytest.mark.parametrize("name", SETS)
 def test_hidden_states_logits_and_loss(mesh_of, name, mesh):
     """MLP widths 131, 151 and 170 are divided by neither 2 nor 4, or by 2 alone: padded inside the layer."""
@@ -69,10 +68,10 @@ def test_hidden_states_logits_and_loss(mesh_of, name, mesh):
     ("mesh", "gather", "chunks"),
     [
         ("data=1", "layer", 1),
-        thorough("data=1", "once", 3),
-        thorough("tensor=4", "layer", 1),
+        ("data=1", "once", 3),
+        ("tensor=4", "layer", 1),
         ("tensor=4", "once", 1),
-        thorough("fsdp=2,tensor=4", "layer", 1),
+        ("fsdp=2,tensor=4", "layer", 1),
     ],
 )
 @pytest.mark.parametrize("name", ["llama-e-grads", "crystal-d-grads"])
@@ -100,7 +99,7 @@ def test_loss_and_gradients(mesh_of, name, mesh, gather, chunks):
     ("name", "mesh"),
     [*((name, "data=1") for name in SETS), ("llama-a", "tensor=2"), ("crystal-b-old-export", "data=2,tensor=4")],
 )
-@pytest.mark.parametrize("use_cache", [True, thorough(False)])
+@pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_continuation(mesh_of, name, mesh, use_cache):
     """The continuation that the original code gives, with the cache and without it."""
     mesh = mesh_of(mesh)

@@ -103,7 +103,6 @@ def test_bytes_of_a_program_by_axis():
     assert sent == pytest.approx({"fsdp": 50 + 150, "tensor": 50 * 4 / 5, "pipeline": 30})
 
 
-@pytest.mark.thorough
 def test_auto_takes_the_best_plan_of_the_devices(capsys):
     code, value = run(
         capsys, "train", "amber_tiny", "--data", "synthetic", "--mesh", "auto", "--steps", "1",

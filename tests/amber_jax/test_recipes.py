@@ -13,7 +13,6 @@ from training.config import Family
 from training.optimizer import AdamWConfig
 
 
-@pytest.mark.thorough
 def test_amber_7b_has_the_published_number_of_parameters():
     """Fact sheet 11, from shapes alone: 27 GB are not allocated."""
     model = amber_7b().model

@@ -140,7 +140,6 @@ def test_equals_greedy_generation_of_each_sequence(trained, tmp_path, kind):
     np.testing.assert_allclose(logprobs, [f.logprobs[K - 1 :].sum() for f in forced], rtol=1e-5)
 
 
-@pytest.mark.thorough
 def test_is_the_same_on_a_mesh_and_in_other_batches(trained):
     entry = Series(trained / "run").resolve("001")[0]
     tokens = np.concatenate([ASKED.open(target(trained), print)[0].grid.read(c).tokens for c in (0, 1)])

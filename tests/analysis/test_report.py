@@ -297,7 +297,6 @@ def test_each_task_has_its_own_last_checkpoint_and_gaps_are_named(run_dir, tmp_p
     assert "evaluate/piqa:" not in page.said
 
 
-@pytest.mark.thorough
 def test_weights_studied_under_a_name_are_there(run_dir, tmp_path):
     run = _bare(run_dir, tmp_path)
     for kind in ("weights", "weights-to/002"):
@@ -328,7 +327,6 @@ def test_weights_without_a_finite_change_are_no_crash(run_dir, tmp_path):
     assert (page.ids, found.notices) == ([], [])
 
 
-@pytest.mark.thorough
 def test_correlations_leave_out_what_the_report_left_out(run_dir, tmp_path):
     run = _bare(run_dir, tmp_path)
     sequences = {"chunk": [0, 0, 1], "position": [0, 1, 0]}

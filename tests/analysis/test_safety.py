@@ -79,7 +79,6 @@ def silent(_):
     pass
 
 
-@pytest.mark.thorough
 def test_bold_is_the_sentiment_of_prompt_and_continuation(folder, target, subject):
     (study,) = Bold(folder / "b").open(target, silent)
     scored = study.score(subject)

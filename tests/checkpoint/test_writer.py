@@ -185,7 +185,6 @@ def test_a_full_disk_leaves_the_finished_checkpoints_and_says_so(tmp_path):
         tiny_run.check(entry, tiny_run.mesh(2, 4))
 
 
-@pytest.mark.thorough
 def test_two_processes_save_and_restore_together(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -10,7 +10,6 @@ from crystal_jax.recipes import crystal_tiny
 from data.batch import Batch
 from errors import UserError
 from parallel.mesh import MeshConfig
-from tests.tiers import thorough
 from training.state import init_state
 from training.step import NO_LIMITS, batch_sharding, make_loss_and_gradients, make_train_step
 
@@ -68,10 +67,10 @@ def one_device(small):
 @pytest.mark.parametrize(
     ("mesh", "gather"),
     [
-        thorough("tensor=8", "layer"),
+        ("tensor=8", "layer"),
         ("fsdp=2,tensor=4", "layer"),
-        thorough("fsdp=2,tensor=4", "once"),
-        thorough("data=4,tensor=2", "once"),
+        ("fsdp=2,tensor=4", "once"),
+        ("data=4,tensor=2", "once"),
     ],
 )
 def test_any_mesh_equals_one_device(small, one_device, mesh, gather):
@@ -91,7 +90,6 @@ def test_any_mesh_equals_one_device(small, one_device, mesh, gather):
     assert weights["layers"]["mlp"]["gate"].shape == (2, 32, 43), "the padding is nowhere but in the layer"
 
 
-@pytest.mark.thorough
 def test_bfloat16_on_a_mesh_stays_near_one_device(small):
     small = dataclasses.replace(small, execution=dataclasses.replace(small.execution, compute_dtype="bfloat16"))
     np.testing.assert_allclose(run(small, "fsdp=2,tensor=4")[0], run(small, "data=1")[0], rtol=5e-3)
@@ -103,7 +101,7 @@ def test_a_width_that_cannot_be_spread_is_refused(small):
         small.check_mesh({"pipeline": 1, "data": 1, "fsdp": 1, "tensor": 8})
 
 
-@pytest.mark.parametrize("mesh", ["data=1", thorough("tensor=4")])
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=4"])
 def test_updates_equal_a_float64_optimizer(small, mesh):
     """Fact sheet 2.2 by its formula, over three phases of four steps: muP groups, decay groups, eps, restarts, clip."""
     degrees = MeshConfig.parse(mesh)

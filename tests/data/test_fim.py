@@ -135,7 +135,6 @@ def restated(row: list[int], rate: float, key: Sequence[int | str], theirs: Any)
     return ids, labels, mask
 
 
-@pytest.mark.thorough
 @many
 @given(windows(), st.sampled_from([0.3, 0.9, 1.0]), st.integers(0, 10**6))
 @example(of(EOS, EOS, EOS), 1.0, 0)

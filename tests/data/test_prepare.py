@@ -300,7 +300,6 @@ def test_killed_ten_times_gives_the_same_bytes(which, request, prepared, crystal
     assert contents(config.out) == reference
 
 
-@pytest.mark.thorough
 def test_workers_that_finish_out_of_order_do_not_show(config, tmp_path):
     # Enough text for several batches of very different content in each worker.
     sources = (SourceSpec("code", "embedded:stdlib"), SourceSpec("prose", "embedded:topics"))
@@ -404,7 +403,6 @@ def test_a_full_disk_loses_nothing(config, prepared, tmp_path):
     assert contents(again.out) == contents(prepared)
 
 
-@pytest.mark.thorough
 def test_a_vocabulary_above_65536_is_stored_in_32_bits(config, prepared, tmp_path):
     pieces = SentencePieces((prepared / "tokenizer.model").read_bytes())
     added = {f"<{i}>": i for i in range(pieces.size, 65_600)}

@@ -128,7 +128,6 @@ def test_crystal_reads_text_as_llama_does():
     assert llama.encode("\u2028") == [29871, 229, 131, 171]
 
 
-@pytest.mark.thorough
 @kept
 def test_llama_with_added_tokens_is_crystal(tmp_path):
     crystal, llama = load(KEPT / "crystal.model"), load(KEPT / "llama.model")
@@ -200,7 +199,6 @@ def test_tokenizer_json_is_the_same_tokenizer(extended, as_json):
         assert [as_json.decode(ids) for ids in encoded] == texts(5, 200)
 
 
-@pytest.mark.thorough
 @kept
 def test_published_tokenizers_as_json(tmp_path):
     pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")

@@ -210,7 +210,6 @@ def test_amber_7b_by_its_published_names():
     assert published.locate("CrystalCoder_phase3_checkpoint_027728", "crystal", crystal_7b())[0] == 142
 
 
-@pytest.mark.thorough
 def test_a_trained_crystal_goes_out_and_comes_back(tmp_path):
     """The verbs, in a row, with a tokenizer: train, export, import, generate."""
     small = ["--model.vocab-size", 300, "--model.num-layers", 2, "--model.embed", 32, "--model.num-heads", 2]

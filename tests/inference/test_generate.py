@@ -10,7 +10,6 @@ from inference.generate import choose, generate
 from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
-from tests.tiers import thorough
 
 REGION = Region("float32")
 PROMPTS = [[5, 9, 11], [7], list(range(3, 20))]
@@ -33,10 +32,8 @@ def run(tiny, weights_of, mesh, prompts=PROMPTS, eos_id=-1, use_cache=True, **sa
     return generate(tiny.model, weights_of(tiny.model, mesh), prompts, mesh, REGION, sampling, eos_id, use_cache)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=1", thorough("data=2,fsdp=2,tensor=2"), thorough("tensor=8"), "pipeline=2,tensor=2"]
-)
-@pytest.mark.parametrize("temperature", [0.0, thorough(1.0)])
+@pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2", "tensor=8", "pipeline=2,tensor=2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_the_cache_equals_without_it(tiny, mesh_of, weights_of, mesh, temperature):
     """Prompts of different lengths together, so that left padding and true positions are tested too."""
     mesh = mesh_of(mesh)
@@ -103,7 +100,7 @@ def test_refuses_what_it_cannot_do(tiny, mesh_of, weights_of, arguments, message
         run(tiny, weights_of, mesh_of("data=1"), **arguments)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=2,tensor=2", thorough("tensor=4"), thorough("pipeline=2,fsdp=2")])
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=2,tensor=2", "tensor=4", "pipeline=2,fsdp=2"])
 @pytest.mark.parametrize("length", [16, 13])
 def test_logits_are_the_same_on_every_mesh(tiny, mesh_of, weights_of, mesh, length):
     """Also for 3 rows on 8 devices, and for a length that ``tensor`` does not divide."""

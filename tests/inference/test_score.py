@@ -151,7 +151,6 @@ def test_numbers_that_are_none_are_said(models, mesh_of, weights_of):
         score(config, weights, rows_of([33, 33, 12]), mesh, REGION)
 
 
-@pytest.mark.thorough
 def test_a_prompts_own_seed_makes_its_sample(models, mesh_of, weights_of):
     """In any order and in any batches, with the cache and without."""
     config, mesh = models["amber"], mesh_of("data=2,tensor=2")

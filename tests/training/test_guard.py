@@ -11,7 +11,6 @@ from data.dataset import ChunkedData
 from data.prepare import PrepareConfig, prepare
 from data.sources import SourceSpec
 from errors import RunError, UserError
-from tests.tiers import thorough
 from tests.training.test_loop import DATA, FAMILIES, final_state, on_mesh, train
 from training.config import GuardConfig
 from training.guard import Fault, Guard
@@ -50,7 +49,7 @@ def weights_of(config, run, selector):
     return entry.manifest.digests
 
 
-@pytest.mark.parametrize("fault", ["nan@5", thorough("spike@9")])
+@pytest.mark.parametrize("fault", ["nan@5", "spike@9"])
 def test_a_batch_is_skipped_and_a_replay_skips_it_too(tiny, tmp_path, fault):
     config = guarded(tiny, on_trouble="skip_batch", norm_factor=4.0, window=4)
     run, step = tmp_path / "run", int(fault[-1])
@@ -88,7 +87,6 @@ def test_a_skipped_batch_leaves_weights_and_moments(tiny, tmp_path):
     assert changed == {"optimizer/1.0.count", "optimizer/1.2.count"}, "time passes, nothing else"
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("step", [5, 7])
 def test_the_rest_of_a_chunk_is_skipped(tiny, tmp_path, step):
     """Chunks of four steps: within one, and the last of one."""
@@ -129,7 +127,6 @@ def test_to_stop_applies_nothing_of_it_and_nothing_after_it(tiny, tmp_path):
     assert kinds(tmp_path) == dict.fromkeys(range(12), "train")
 
 
-@pytest.mark.thorough
 def test_too_many_skipped_in_a_row_stop_the_run(tiny, tmp_path):
     config = guarded(tiny, on_trouble="skip_batch", most=2)
     with pytest.raises(RunError, match=r"step 7: .*not finite \(after 2 that were skipped\)"):
@@ -164,7 +161,6 @@ def test_bad_guards_and_faults_are_refused():
             Fault.parse(text)
 
 
-@pytest.mark.thorough
 def test_the_ledger_names_the_documents_that_trace_names(tiny, tmp_path):
     folder, data_dir, run = tmp_path / "text", tmp_path / "data", tmp_path / "run"
     folder.mkdir()

@@ -117,17 +117,16 @@ def pair(tiny):
     return on_mesh(config, "pipeline=2,fsdp=2")
 
 
-def test_two_processes_train_as_one(pair, tmp_path):
+def test_two_processes_train_as_one(tiny, tmp_path):
     """To the first series checkpoint: the losses and the state of one process, bit for bit."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    alone = start(tmp_path, 1, pair, whole, 8)
-    assert outcome(start(tmp_path, 2, pair, run, 8)) == ["stopped", 8, None]
+    run, whole, shards = tmp_path / "run", tmp_path / "whole", on_mesh(tiny, "fsdp=2")
+    alone = start(tmp_path, 1, shards, whole, 8)
+    assert outcome(start(tmp_path, 2, shards, run, 8)) == ["stopped", 8, None]
     assert outcome(alone) == ["stopped", 8, None]
     assert losses(run) == losses(whole)
     assert [e.manifest.digests for e in Series(run).entries()] == [e.manifest.digests for e in Series(whole).entries()]
 
 
-@pytest.mark.thorough
 def test_any_number_of_processes_train_as_one(pair, tmp_path):
     """Two, of which one is told to stop, four likewise, then two: the losses and the state of one alone, bit for bit.
 
@@ -173,7 +172,6 @@ def test_any_number_of_processes_train_as_one(pair, tmp_path):
     assert "params/norm.scale/extra is not part of it" in found[0]
 
 
-@pytest.mark.thorough
 def test_a_process_with_other_data_ends_all(pair, tmp_path):
     ended = end(start(tmp_path, 2, pair, tmp_path / "run", other_seed=6))
     assert [p.returncode for p, _, _ in ended] == [2, 2]

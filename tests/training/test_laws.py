@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiers import thorough
 from tests.training.ways import (
     ROWS,
     STEPS,
@@ -66,13 +65,9 @@ def largest_difference(a, b):
     return max(float(np.max(np.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-#: In `make test`: one way through each schedule.
-QUICK = (WAYS[3], WAYS[7], WAYS[9])
-
-
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "how"),
-    [way if way in QUICK else thorough(*way) for way in WAYS],
+    WAYS,
     ids=str,
 )
 def test_any_mesh_equals_one_device(tiny, mesh_of, mesh, microbatches, how):
@@ -91,7 +86,6 @@ def test_any_mesh_equals_one_device(tiny, mesh_of, mesh, microbatches, how):
     check_gradients(gradients, expected_gradients, f"{mesh} {how}")
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("remat", "chunks"), [("full", 1), ("dots", 4)])
 def test_rematerialisation_and_loss_chunks_change_nothing(tiny, mesh_of, remat, chunks):
     losses, *_ = train(tiny, mesh_of("fsdp=2,tensor=2"), gradients=False, remat=remat, loss_chunks=chunks)
@@ -104,7 +98,6 @@ def test_the_same_mesh_twice_is_bitwise_equal(tiny, mesh_of):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.thorough
 def test_bfloat16_stays_near_one_device(tiny, mesh_of):
     """In bf16 the curve agrees to 2e-3 relative over 20 steps (seen: about 3e-4)."""
     losses, *_ = train(tiny, mesh_of("data=2,fsdp=2,tensor=2"), gradients=False, compute_dtype="bfloat16")

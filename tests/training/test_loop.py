@@ -106,7 +106,6 @@ def two_phases(tiny):
     return dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, layout="mixture"), phases=phases)
 
 
-@pytest.mark.thorough
 def test_resumed_equals_uninterrupted_over_phases_and_masks(two_phases, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(two_phases, whole, MIXED).step == 9
@@ -158,7 +157,6 @@ def test_validation_reads_every_so_manyth_sample(two_phases):
     assert len(set(found.values())) == 4, "a sample more or less is seen"
 
 
-@pytest.mark.thorough
 def test_resumed_on_other_meshes_follows_the_same_curve(reference, tiny, tmp_path):
     _, whole = reference
     run = tmp_path / "run"
@@ -336,7 +334,6 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_never_trained_on(tiny, tmp_p
         train(tiny, run)
 
 
-@pytest.mark.thorough
 def test_validation_loss_by_source(tiny, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
@@ -370,7 +367,6 @@ def test_validation_loss_by_source(tiny, tmp_path):
         train(config, run, ChunkedData(data_dir))
 
 
-@pytest.mark.thorough
 def test_a_step_that_is_past_is_refused_before_anything_is_compiled(reference, monkeypatch):
     config, run = reference
     before = (run / "ledger.jsonl").read_text()
@@ -391,7 +387,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny, tmp_path):
     assert [e.manifest.name for e in Series(tmp_path / "run").entries()] == ["init"]
 
 
-@pytest.mark.thorough
 def test_the_board_says_what_the_metrics_say(reference, tiny, tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
@@ -438,7 +433,6 @@ sys.exit(run.main({arguments!r}))
 """
 
 
-@pytest.mark.thorough
 def test_a_disk_that_fills_while_saving_loses_nothing(tmp_path):
     """A file-size limit makes the write of the large tensors fail as a full disk does; the first part has no limit."""
     run = tmp_path / "run"

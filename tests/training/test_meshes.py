@@ -10,7 +10,6 @@ import pytest
 
 from data.batch import Batch
 from parallel.mesh import MeshConfig
-from tests.tiers import thorough
 from tests.training import ways
 from tests.training.ways import CRYSTAL, ROWS, WAYS, check_gradients, first_state, masked_batch
 from training.step import batch_sharding, make_eval_step, make_loss_and_gradients
@@ -59,7 +58,7 @@ def check_equal(config, mesh, microbatches, how):
 
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "how"),
-    [way if way == CRYSTAL[2] else thorough(*way) for way in CRYSTAL],
+    CRYSTAL,
     ids=str,
 )
 def test_crystal(crystal, mesh, microbatches, how):
@@ -97,7 +96,6 @@ def test_evaluation_through_a_pipeline_takes_any_number_of_microbatches(deep, me
         assert float(got["weight"]) == float(expected["weight"])
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [("data=1", {}), ("pipeline=2,tensor=2", {"schedule": "1f1b"}), ("pipeline=2,tensor=2", {"remat_stage": True})],
@@ -136,7 +134,6 @@ def test_packed_documents_equal_documents_alone(deep, mesh, how):
     assert abs(loss(deep, packed) - alone) > 1e-4 * alone
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [
@@ -163,7 +160,6 @@ def test_equal_microbatches_have_the_gradient_of_one(deep, mesh, how):
         assert np.max(np.abs(many - few)) <= 1e-5 * np.max(np.abs(few))
 
 
-@pytest.mark.thorough
 def test_the_head_s_gradient_is_summed_over_pieces_in_float32(deep):
     """Sixteen pieces in bfloat16 are one rounding of each from the whole: in bfloat16 sums it was twice that."""
     _, one, params, _ = program(deep, "data=1", 1, ())

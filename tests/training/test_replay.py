@@ -10,7 +10,6 @@ from checkpoint.series import Series
 from errors import RunError, UserError
 from parallel.mesh import MeshConfig
 from tests.checkpoint.tampered import change_one_weight
-from tests.tiers import thorough
 from tests.training.test_loop import DATA, FAMILIES, on_mesh, train
 from training.record import RunRecord
 from training.replay import Replayer
@@ -57,7 +56,6 @@ def test_the_whole_run_is_replayed_bit_for_bit(run):
     assert "init -> 002: bitwise; 12 steps on data=2,fsdp=2,tensor=2 then fsdp=8" in found.lines()[0]
 
 
-@pytest.mark.thorough
 def test_every_link_alone_is_bitwise_from_the_nearest_optimizer_state(run):
     """Checkpoint 0 has none: the link from it begins at "init"."""
     again = replayer(run)
@@ -73,7 +71,6 @@ def test_every_link_alone_is_bitwise_from_the_nearest_optimizer_state(run):
     assert picked == {(0,), (1,), (2,)}, "each link may be picked"
 
 
-@pytest.mark.thorough
 def test_another_mesh_is_within_the_stated_tolerance(run):
     found = replayer(run, "tensor=4").replay(one(run, "init"), one(run, "latest"))
     assert found.verdict == "within tolerance", found
@@ -90,7 +87,7 @@ def test_another_mesh_is_within_the_stated_tolerance(run):
 
 
 @pytest.mark.parametrize("with_digests", [True, False])
-@pytest.mark.parametrize("mesh", [None, thorough("tensor=4")])
+@pytest.mark.parametrize("mesh", [None, "tensor=4"])
 def test_a_weight_that_was_changed_is_found_though_every_file_agrees(run, tmp_path, mesh, with_digests):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

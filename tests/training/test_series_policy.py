@@ -66,7 +66,6 @@ def rich(tiny):
     return dataclasses.replace(tiny, series=series)
 
 
-@pytest.mark.thorough
 def test_all_that_can_be_kept(rich, tiny, tmp_path):
     run, plain = tmp_path / "run", tmp_path / "plain"
     assert train(rich, run).reason == "finished"
@@ -96,7 +95,6 @@ def test_all_that_can_be_kept(rich, tiny, tmp_path):
     assert series.resolve("step=2")[0].manifest.kind == "early"
 
 
-@pytest.mark.thorough
 def test_a_kill_between_what_can_be_resumed_from_and_what_is_kept(rich, tmp_path):
     """The checkpoint that is kept without optimizer state is made up for: the run never comes to it a second time."""
     run, whole = tmp_path / "run", tmp_path / "whole"
