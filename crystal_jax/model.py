@@ -8,6 +8,7 @@ from crystal_jax.config import CrystalConfig
 from layers import attention, rotary, stack, vocabulary
 from layers.attention import Cache, Documents, Slots
 from layers.decoder import Block, Decoder
+from layers.exact import add_bias
 from layers.norms import LayerNorm
 from layers.params import Initializer, param
 from layers.region import Region
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
         """Residual-stream shape in and out, and the cache with this call's keys and values."""
         x = region.enter(x)  # [B, S, D]
         weights = ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
-        q, k, v = (jnp.einsum("bsd,dhk->bshk", x, w[...]) + b[...] for w, b in weights)
+        q, k, v = (add_bias(jnp.einsum("bsd,dhk->bshk", x, w[...]), b[...]) for w, b in weights)
         # By true positions: the original counts from the cache's length, so that left padding shifts them there.
         cos, sin = rotary.angles(attention.positions(q.shape[1], reach), self.rotary_dims, self.rope_base)
         q, k = rotary.rotate_pairs(q, cos, sin), rotary.rotate_pairs(k, cos, sin)
@@ -68,8 +69,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, region: Region) -> jax.Array:
         """Residual-stream shape in and out; the branch's output, without the residual."""
         x = region.enter(x)  # [B, S, D]
-        gate = jnp.einsum("bsd,df->bsf", x, self.gate[...]) + self.gate_bias[...]
-        up = jnp.einsum("bsd,df->bsf", x, self.up[...]) + self.up_bias[...]
+        gate = add_bias(jnp.einsum("bsd,df->bsf", x, self.gate[...]), self.gate_bias[...])
+        up = add_bias(jnp.einsum("bsd,df->bsf", x, self.up[...]), self.up_bias[...])
         return region.leave(jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...]), self.down_bias[...])
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -108,19 +109,23 @@ class Decoder(nnx.Module):
         """Residual stream -> float32 [B, S, V/tensor]."""
         with region.precision():
             head, matrix = self._head(region)
-            return head(matrix, region.enter(self.final(x, region)))
+            return head(matrix, self._into_head(x, region))
 
     def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, region: Region) -> jax.Array:
         """Residual stream -> weighted sum of ``-log p(target)`` over this device's rows, float32 scalar."""
-        whole = region.enter(self.final(x, region))
+        whole = self._into_head(x, region)
         with region.precision():
             return vocabulary.cross_entropy(*self._head(region), whole, targets, weights, region.loss_chunks)
 
     def scores(self, x: jax.Array, targets: jax.Array, region: Region) -> tuple[jax.Array, jax.Array]:
         """Residual stream -> ``log p(target)`` float32 [B, S], likeliest token int32 [B, S]."""
-        whole = region.enter(self.final(x, region))
+        whole = self._into_head(x, region)
         with region.precision():
             return vocabulary.scores(*self._head(region), whole, targets, region.loss_chunks)
+
+    def _into_head(self, x: jax.Array, region: Region) -> jax.Array:
+        """Residual stream -> whole rows after the final norm, float32, which the head rounds (`layers.exact`)."""
+        return region.enter_exact(region.use(self.norm)(x, jnp.float32))
 
     def _head(self, region: Region) -> tuple[Any, Any]:
         """How logits are made, `(weights, stream) -> logits`, and the weights."""

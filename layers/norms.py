@@ -1,5 +1,7 @@
 """Normalisation of the residual stream, in float32 whatever the compute dtype."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,11 +17,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = param(jax.nn.initializers.ones, key, (width,), ("norm",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype or another."""
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * self.scale[...]).astype(dtype or x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -30,9 +32,9 @@ class LayerNorm(nnx.Module):
         self.scale = param(jax.nn.initializers.ones, key, (width,), ("norm",))
         self.bias = param(jax.nn.initializers.zeros, key, (width,), ("norm",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype or another."""
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (y * self.scale[...] + self.bias[...]).astype(dtype or x.dtype)

@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from errors import UserError
 from layers import params
 from layers.attention import KERNELS, Documents, documents
+from layers.exact import add_bias
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
-from parallel.collectives import all_gather, axis_index, deal, psum, psum_scatter, vary
+from parallel.collectives import all_gather, all_gather_as, axis_index, deal, psum, psum_scatter, vary
 from parallel.plan import Gather, Remat, Schedule, check_choices
 
 M = TypeVar("M", bound=nnx.Module)
@@ -123,13 +124,17 @@ class Region:
         """Residual stream -> whole rows, input of a column-parallel matrix. [B, S/tensor, D] -> [B, S, D]."""
         return all_gather(x, TENSOR, 1) if self.sequence_sharded else vary(x, (TENSOR,))
 
+    def enter_exact(self, x: jax.Array) -> jax.Array:
+        """`enter` of a float32 stream that travels in the compute dtype; its gradient comes back in float32."""
+        return all_gather_as(x, TENSOR, 1, self.dtype) if self.sequence_sharded else vary(x, (TENSOR,))
+
     def leave(self, y: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """Partial sums of a row-parallel matrix -> residual stream, plus a bias [D]. [B, S, D] -> [B, S/tensor, D]."""
         if self.sequence_sharded:
             y = psum_scatter(vary(y, (TENSOR,)), TENSOR, 1)
-            return y if bias is None else y + bias
+            return y if bias is None else add_bias(y, bias)
         # Added to one of the parts: added to their sum, a bias that varies in type would make the stream vary too.
-        return psum(y if bias is None else y + jnp.where(axis_index(TENSOR) == 0, bias, 0), TENSOR)
+        return psum(y if bias is None else add_bias(y, jnp.where(axis_index(TENSOR) == 0, bias, 0)), TENSOR)
 
     def residual(self, x: jax.Array) -> jax.Array:
         """Give the residual stream the varying type that it keeps through the layers."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from layers.exact import lookup, project
 from layers.params import Initializer, param
 from layers.region import Region
 from parallel.axes import TENSOR
@@ -37,11 +38,12 @@ class Embedding(nnx.Module):
         """int32 [B, S] -> residual stream."""
         table = self.table[...]  # [V/tensor, D]
         local, here = _localise(tokens, table.shape[0])
-        x = jnp.where(here[..., None], table[local], 0)
+        x = jnp.where(here[..., None], lookup(table, local), 0)
         if self.padding_id is not None:
             x = jnp.where((tokens == self.padding_id)[..., None], lax.stop_gradient(x), x)
         x = region.residual(region.leave(x))
-        return x if self.multiplier == 1 else x * self.multiplier
+        # In float32: in bfloat16 muP's 14.6 would be 14.625.
+        return x if self.multiplier == 1 else (x.astype(jnp.float32) * self.multiplier).astype(x.dtype)
 
 
 class Head(nnx.Module):
@@ -51,8 +53,8 @@ class Head(nnx.Module):
         self.kernel = param(init, key, (embed, vocab), ("embed", "vocab"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> this device's part of the logits, float32 [B, S, V/tensor]."""
-        return jnp.einsum("bsd,dv->bsv", x, self.kernel[...], preferred_element_type=jnp.float32)
+        """float32 [B, S, D] -> this device's part of the logits, float32 [B, S, V/tensor]."""
+        return project("bsd,dv->bsv", x, self.kernel[...])
 
 
 class TiedHead(nnx.Module):
@@ -62,9 +64,8 @@ class TiedHead(nnx.Module):
         self.multiplier = multiplier
 
     def __call__(self, x: jax.Array, embedding: Embedding) -> jax.Array:
-        """[B, S, D] -> this device's part of the logits, float32 [B, S, V/tensor]."""
-        logits = jnp.einsum("bsd,vd->bsv", x, embedding.table[...], preferred_element_type=jnp.float32)
-        return logits * self.multiplier
+        """float32 [B, S, D] -> this device's part of the logits, float32 [B, S, V/tensor]."""
+        return project("bsd,vd->bsv", x, embedding.table[...]) * self.multiplier
 
 
 def cross_entropy(
@@ -80,7 +81,7 @@ def cross_entropy(
     Args:
         head: (matrix, [B, S, D]) -> [B, S, V/tensor] logits.
         matrix: what the head multiplies by, ready for use.
-        x: [B, S, D], whole rows.
+        x: float32 [B, S, D], whole rows.
         targets: int32 [B, S].
         weights: float32 [B, S].
         chunks: pieces along S; with more than one, each piece's logits are made again in the backward pass.
@@ -115,7 +116,7 @@ def scores(
     Args:
         head: (matrix, [B, S, D]) -> [B, S, V/tensor] logits.
         matrix: what the head multiplies by, ready for use.
-        x: [B, S, D], whole rows.
+        x: float32 [B, S, D], whole rows.
         targets: int32 [B, S].
         chunks: pieces along S: only one piece's logits exist at a time.
 

@@ -61,6 +61,23 @@ def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     return lax.all_gather(x, axis, axis=dim, tiled=True) if lax.axis_size(axis) > 1 else x
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def all_gather_as(x: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """`all_gather` of a float32 array, whose values travel in ``dtype`` and whose gradient is summed in float32."""
+    return x if lax.axis_size(axis) == 1 else all_gather(x.astype(dtype), axis, dim).astype(jnp.float32)
+
+
+def _all_gather_as_forward(x: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return all_gather_as(x, axis, dim, dtype), None
+
+
+def _all_gather_as_backward(axis: str, dim: int, dtype: jnp.dtype, _: None, ct: jax.Array) -> tuple[jax.Array]:
+    return (psum_scatter(ct, axis, dim),)
+
+
+all_gather_as.defvjp(_all_gather_as_forward, _all_gather_as_backward)
+
+
 def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Sum over a mesh axis, each device keeping its slice along ``dim``.
 
