@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import pytest
 
 from amber_jax.recipes import amber_tiny
+from crystal_jax.recipes import crystal_tiny
 from parallel import compiler, hlo
 from parallel.axes import FSDP, PIPELINE, TENSOR
 from parallel.mesh import MeshConfig
@@ -31,9 +33,9 @@ PLANS = {
 EFFORT = float(compiler.ENVIRONMENT["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"])
 
 
-def compiled(mesh, execution, batch=BATCH):
+def compiled(mesh, execution, batch=BATCH, recipe=amber_tiny):
     """(config, mesh, program) of the train step on v5e:2x4. Weights and activations are bfloat16."""
-    recipe = amber_tiny()
+    recipe = recipe()
     model = dataclasses.replace(
         recipe.model, vocab_size=VOCAB, num_layers=LAYERS, embed=EMBED, num_heads=HEADS, head_dim=WIDTH, mlp=MLP
     )
@@ -165,6 +167,24 @@ def test_1f1b_gathers_nothing_over_the_pipeline():
     permutes = of(found, "collective-permute", PIPELINE)
     assert [(c.loops, elements([c])) for c in permutes] == [((ticks,), ticks * stream(config)[1])] * 2
     assert {c.loops for c in of(found, "all-gather", FSDP)} == {()}
+
+
+@pytest.mark.parametrize("recipe", [amber_tiny, crystal_tiny], ids=lambda recipe: recipe.__name__)
+def test_nothing_sums_over_tokens_in_bfloat16(recipe):
+    """No scatter-add, which the embedding's gradient was, and no reduction, which those of biases were."""
+    config, _, program = compiled(*PLANS["layer"], recipe=recipe)
+    text = program.as_text()
+    shapes = {
+        name: [int(n) for n in dims.split(",") if n] for name, dims in re.findall(r"%([\w.-]+) = \w+\[([\d,]*)\]", text)
+    }
+    assert re.search(r"= f32\[[\d,]*\]\S* scatter\(", text), "there is a scatter-add to look at"
+    assert not re.findall(r"= bf16\[[\d,]*\]\S* scatter\(", text)
+    tokens = stream(config)[1] // EMBED  # of a device, where fewest: rows that are split over tensor
+    for result, operand in re.findall(
+        r"%([\w.-]+) = bf16\[[\d,]*\]\S* reduce\((?:\S+\[[\d,]*\]\S* )?%([\w.-]+),", text
+    ):
+        summed = math.prod(shapes[operand]) // max(1, math.prod(shapes[result]))
+        assert summed < tokens, f"{operand} {shapes[operand]} is summed to {shapes[result]} in bfloat16"
 
 
 @pytest.mark.parametrize(("schedule", "flat"), [("1f1b", True), ("gpipe", False)])
