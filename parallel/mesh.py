@@ -151,7 +151,7 @@ def _on_torus(mesh: MeshConfig, devices: "Sequence[jax.Device]") -> "np.ndarray"
     outer = _over_slices(mesh, slices)
     inner = tuple(d // o for d, o in zip(mesh.degrees.values(), outer, strict=True))
 
-    def lay(split: bool) -> np.ndarray:
+    def lay(split: bool) -> "np.ndarray":
         if slices == 1:
             return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=split)
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=split)
