@@ -33,8 +33,8 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 @jax.custom_vjp
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """``y + bias`` with the dimensions of ``bias`` last: [..., *D] + [*D] -> [..., *D]."""
-    return y + bias
+    """``y + bias`` in y's dtype, ``bias`` float32 with the last dimensions: [..., *D] + [*D] -> [..., *D]."""
+    return (y + bias).astype(y.dtype)
 
 
 def _add_bias_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -78,12 +78,13 @@ def check_divides(module: nnx.Module, degrees: Mapping[str, int]) -> None:
 def gather(module: M, dtype: jnp.dtype) -> M:
     """The module with every weight whole over ``fsdp`` and ready for use; call inside the manual region.
 
-    Matrices and biases are cast to ``dtype`` before they travel; norm gains stay float32.
+    Matrices, which are what has an ``embed`` axis, are cast to ``dtype`` before they travel. Gains and biases stay
+    float32: their gradients are sums over tokens, and a compiler may take the sum in the dtype of its result.
     """
 
     def ready(p: nnx.Param) -> nnx.Variable:
         logical = _axes(p)
-        target = p.dtype if "norm" in logical else dtype
+        target = dtype if "embed" in logical else p.dtype
         value = p[...]
         embed = next((d for d, name in enumerate(logical) if FSDP in mesh_axes.mesh_axes_of(name)), None)
         moves: list[Exchange | Gather] = [] if embed is None else [Gather(FSDP, embed)]
