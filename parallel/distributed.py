@@ -126,6 +126,16 @@ def check_same(what: str, values: dict[str, Any]) -> None:
     _client().wait_at_barrier(f"hosts/same/{next(_calls)}", _WAIT_MS)
 
 
+def together() -> None:
+    """Wait until all processes are here. All must call it, as `from_lead`.
+
+    Before a program with collectives runs for the first time: one process has found it compiled, another compiles for
+    minutes, and the transports give up after 30 seconds.
+    """
+    if several():
+        _client().wait_at_barrier(f"hosts/together/{next(_calls)}", _WAIT_MS)
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):

@@ -117,6 +117,7 @@ def train(
         plan = Program.plan(config, mesh)
         state = restore_state(plan, parent) if parent else plan.init()
         program = plan.compile()
+        distributed.together()
 
         skipping, skipped = distributed.from_lead(
             _skips(RunRecord(run, families), begin) if lead and parent else [0, 0]
@@ -565,6 +566,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
     distributed.check_same("train", {"config": config.to_dict(), "data manifest": data.sha256, "--steps": num_steps})
     program = Program.plan(config, mesh).compile()
+    distributed.together()
     state, limits = program.init(), no_limits(mesh)
     times, losses = [], []
     for index, batch in enumerate(make_loader(config, data, mesh).batches(0, num_steps)):

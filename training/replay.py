@@ -22,6 +22,7 @@ from checkpoint.restore import restore
 from checkpoint.series import Entry, Series
 from data.dataset import TokenData
 from errors import RunError, UserError
+from parallel import distributed
 from parallel.mesh import MeshConfig
 from training.config import RunConfig
 from training.guard import plain
@@ -267,6 +268,7 @@ class Replayer:
                 planned = dataclasses.replace(config, execution=self.config.execution)
                 planned.check_mesh(built.shape)
             self._programs[config] = Program.plan(planned, built).compile()
+            distributed.together()
         return self._programs[config]
 
     def _differences(self, segment: Segment, program: Program) -> list[str]:
