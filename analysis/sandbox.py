@@ -234,8 +234,10 @@ class Sandbox:
                 complaint.seek(0)
                 text = complaint.read(_REPORT_BYTES).decode(errors="replace").strip()
                 raise RunError(f"a program could not be started: {text or f'nothing in {_START_SECONDS:.0f} s'}")
-        if not ended:
-            return Verdict(False, "timeout" if len(report) < _REPORT_BYTES else "other exception", seconds)
+        # By the clock too: what came just after the limit may have been there when it was looked for.
+        late = seconds > limits.seconds
+        if not ended or late:
+            return Verdict(False, "timeout" if late or len(report) < _REPORT_BYTES else "other exception", seconds)
         return Verdict(report == nonce, _reason(report, nonce), seconds)
 
 
