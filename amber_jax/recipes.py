@@ -67,7 +67,7 @@ def amber_7b() -> RunConfig:
         ),
         series=SeriesConfig(rolling_every_steps=100),
         guard=GuardConfig(),
-        mesh=MeshConfig(fsdp=-1),
+        mesh=MeshConfig.parse("auto"),
         seed=11111,
     )
 

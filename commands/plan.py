@@ -73,11 +73,14 @@ def run(args: Args) -> tuple[dict[str, Any], int]:
     workload = planning.workload(args.config, topology.chip.platform)
     ranking = planner.rank(workload, topology, args.objective, only_mesh=mesh)
     best = ranking.best[: args.top]
+    other = planner.other_batch(ranking) if mesh is None and args.objective == "time" else None
     if not args.json:
         print("\n".join(planner.lines(ranking, args.top)))
+        if other is not None:
+            print(f"\n{other}")
     if args.explain and not args.json:
         print("\n".join(["", *planner.explain(best[0])]))
-    result = {
+    result: dict[str, Any] = {
         "topology": str(topology),
         "objective": args.objective,
         "plans": [
@@ -86,11 +89,15 @@ def run(args: Args) -> tuple[dict[str, Any], int]:
                 "plan": p.plan.as_dict(),
                 "predicted_step_s": p.seconds,
                 "predicted_peak_bytes": round(p.bytes),
+                "predicted_mfu_causal": None if p.topology.chip.nominal else p.mfu("causal"),
+                "predicted_mfu_full": None if p.topology.chip.nominal else p.mfu("full"),
+                "chips": p.topology.chips,
                 "predicted_chip_hours_per_trillion_tokens": p.chip_hours,
             }
             for p in best
         ],
         "rejected": [dataclasses.asdict(r) for r in ranking.rejected],
+        "other_batch": other and {"global_batch": other.global_batch, "tokens_per_s_gain": other.gain},
     }
     if args.explain:
         result["explained"] = planner.explain(best[0])

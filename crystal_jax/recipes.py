@@ -144,7 +144,7 @@ def crystal_7b() -> RunConfig:
         ),
         series=SeriesConfig(rolling_every_steps=100, name=NAME),
         guard=GuardConfig(),
-        mesh=MeshConfig(fsdp=-1),
+        mesh=MeshConfig.parse("auto"),
         seed=1,
     )
 

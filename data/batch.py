@@ -6,7 +6,10 @@ import jax
 
 
 class Batch(NamedTuple):
-    """One global batch, split into microbatches: row r of the batch is microbatch r // rows, row r % rows."""
+    """One global batch, split into microbatches: row r of the batch is microbatch r // rows, row r % rows.
+
+    Where the batch does not fill them, the rows after its last are padding: zeros, of weight 0.
+    """
 
     inputs: jax.Array  # int32 [microbatches, rows, S]
     targets: jax.Array  # int32 [microbatches, rows, S]: what follows each input

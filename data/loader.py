@@ -5,6 +5,7 @@ each row of the global batch. A process reads the rows that its own devices hold
 is the same for any number of processes and reading workers. The only state is the step.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,9 @@ def local_batches(
     workers > 0 reads in that many processes, a step each in turn; the result is the same.
     """
     source = _Rows(data, schedule, rows, start_step, stop_step)
+    if not rows:  # a process whose devices hold nothing but padding
+        none = Sample.of_tokens(np.zeros((0, data.sequence_length + 1), np.int32))
+        yield from itertools.repeat(none, stop_step - start_step)
     if not len(source):
         return
     dataset = grain.MapDataset.source(source).batch(len(rows)).to_iter_dataset(_READ_AHEAD)
@@ -60,8 +64,9 @@ class Loader:
     """Batches of a data set as global arrays with one sharding.
 
     `phase_steps` are the steps of each phase of the run (`Schedule`). `sharding` is the NamedSharding of the
-    [microbatches, rows, S] arrays; it may split any of the three axes over any devices of any processes. Raises
-    UserError when the data has not the steps, or the batch does not fit the data or the microbatches.
+    [microbatches, rows, S] arrays; it may split any of the three axes over any devices of any processes. `rows` are
+    those of a microbatch, None = as many as it takes; what the batch does not fill is padding (`data.batch.Batch`).
+    Raises UserError when the data has not the steps, or the batch does not fit the data or the microbatches.
     """
 
     def __init__(
@@ -71,14 +76,20 @@ class Loader:
         phase_steps: Sequence[int],
         global_batch: int,
         microbatches: int,
+        rows: int | None = None,
         sharding: jax.sharding.NamedSharding,
         workers: int = 0,
         prefetch: int = 2,
     ):
-        if microbatches < 1 or global_batch < 1 or global_batch % microbatches:
+        if not 1 <= microbatches <= global_batch:
             raise UserError(
                 f"a global batch of {global_batch} samples cannot be split into {microbatches} microbatches; "
-                "choose a number that divides it"
+                "choose a number from 1 to the samples that there are"
+            )
+        rows = -(-global_batch // microbatches) if rows is None else rows
+        if microbatches * rows < global_batch:
+            raise UserError(
+                f"{microbatches} microbatches of {rows} rows do not hold a global batch of {global_batch} samples"
             )
         if workers < 0 or prefetch < 0:
             raise UserError(f"workers = {workers}, prefetch = {prefetch}: at least 0 is needed")
@@ -89,10 +100,11 @@ class Loader:
             )
         self.schedule = Schedule(data.phases, tuple(phase_steps), global_batch)
         self.data, self._workers, self._prefetch = data, workers, prefetch
-        self._shape = (microbatches, global_batch // microbatches, data.sequence_length)
+        self._shape = (microbatches, rows, data.sequence_length)
         self._sharding = sharding
-        self.rows = local_rows(sharding, self._shape)
-        place = np.full(global_batch, -1)
+        self.rows = [row for row in local_rows(sharding, self._shape) if row < global_batch]
+        self._padded = microbatches * rows > global_batch
+        place = np.full(microbatches * rows, len(self.rows))  # padding: the row of zeros after the last (`_global`)
         place[self.rows] = np.arange(len(self.rows))
         self._place = place.reshape(self._shape[:2])  # where a row of the batch stands among this process's rows
 
@@ -148,6 +160,9 @@ class Loader:
         """Return the global batch from this process's rows, arrays of [len(self.rows), S]."""
 
         def array(values: np.ndarray) -> jax.Array:  # values [local rows, S]
+            if self._padded:
+                values = np.concatenate([values, np.zeros_like(values, shape=(1, values.shape[1]))])
+
             # Not make_array_from_process_local_data: it assembles a wrong batch, without an error, when processes
             # share rows (a pipeline or tensor axis across hosts).
             def block(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -160,7 +175,7 @@ class Loader:
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, shape: tuple[int, int, int]) -> list[int]:
-    """Return, sorted, the rows of the global batch that this process's devices hold; row = microbatch * rows + r."""
+    """Return, sorted, the rows that this process's devices hold, padding too; row = microbatch * rows + r."""
     numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])
     indices = sharding.addressable_devices_indices_map(shape).values()
     return sorted({int(row) for index in indices if index is not None for row in numbers[index[:2]].flat})

@@ -54,7 +54,8 @@ class Decoder(nnx.Module):
         reach: Slots | Documents | None = None,
         keep_layers: bool = False,
         repeat: Any = None,
-    ) -> tuple[jax.Array, Any]:
+        into: Any = None,
+    ) -> tuple[jax.Array, Any, Any]:
         """The layers that this device holds.
 
         Args:
@@ -64,9 +65,10 @@ class Decoder(nnx.Module):
             reach: what positions may read (`layers.attention.causal`).
             keep_layers: return the stream after each layer instead of the cache.
             repeat: which of the runs of layers, where the circular schedule has several (`Region.begin`).
+            into: where the gradients of all layers go (`layers.stack.run`), or None.
 
         Returns:
-            The residual stream after them, and the cache or the streams [layers, ...].
+            The residual stream after them; the cache or the streams [layers, ...]; ``into``.
         """
         layers = self.layers
         if repeat is not None:
@@ -77,7 +79,7 @@ class Decoder(nnx.Module):
             return x, x if keep_layers else cache
 
         with region.precision():
-            return stack.run(block, layers, x, region, cache)
+            return stack.run(block, layers, x, region, cache, into, repeat)
 
     def blocks(
         self,
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
         keep_layers: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Residual stream -> (residual stream after the last layer of all, cache or per-layer streams [L, ...])."""
-        return pipeline.in_turn(lambda x: self.stage(x, region, cache, reach, keep_layers), x)
+        return pipeline.in_turn(lambda x: self.stage(x, region, cache, reach, keep_layers)[:2], x)
 
     def hidden(
         self,

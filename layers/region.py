@@ -141,13 +141,13 @@ class Region:
         return vary(x, (*BATCH_AXES, TENSOR) if self.sequence_sharded else BATCH_AXES)
 
     def checkpoint(self, f: Any) -> Any:
-        """``f(x, …)``, a layer under `lax.scan`, rematerialised by the policy; x is the residual stream."""
+        """``f((x, …), …)``, a layer under `lax.scan`, rematerialised by the policy; x is the residual stream."""
         policy = REMAT[self.remat]
         if policy is None:
             return f
 
-        def named(x: jax.Array, *rest: Any) -> Any:
-            return f(checkpoint_name(x, _STREAM), *rest)
+        def named(carry: tuple[jax.Array, Any], *rest: Any) -> Any:
+            return f((checkpoint_name(carry[0], _STREAM), *carry[1:]), *rest)
 
         return jax.checkpoint(named if self.remat == "offload" else f, policy=policy, prevent_cse=self.unroll > 1)
 

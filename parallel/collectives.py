@@ -7,7 +7,7 @@ all-reduce as a real operation). Call them only inside `jax.shard_map` over all 
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,37 @@ def _with_float32_gradient_backward(_: None, ct: jax.Array) -> tuple[None, jax.A
 
 
 with_float32_gradient.defvjp(_with_float32_gradient_forward, _with_float32_gradient_backward)
+
+
+@jax.custom_vjp
+def with_gradient_added(x: jax.Array, total: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x``, part ``index`` of the leading axes of something, whose gradient is added to that part of ``total``.
+
+    ``total`` is float32 and goes through a loop unchanged, beside what the loop is about; its values are not looked at.
+    Its cotangent comes back through the loop the other way and takes up the gradient of each turn in place: begun with
+    what earlier loops have summed (the cotangent of the last ``total``), it ends as the sum, and a second set of
+    gradients never exists.
+
+    Args:
+        x: this turn's part, in any dtype.
+        total: float32, [*leading, *x.shape].
+        index: int32 [n]: which part, along the n leading axes.
+    """
+    return x, total
+
+
+def _with_gradient_added_forward(x: jax.Array, total: jax.Array, index: jax.Array) -> tuple[Any, jax.Array]:
+    return (x, total), index
+
+
+def _with_gradient_added_backward(index: jax.Array, ct: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array, None]:
+    of_x, total = ct
+    start = (*index, *(0,) * of_x.ndim)
+    part = lax.dynamic_slice(total, start, (*(1,) * len(index), *of_x.shape))
+    return None, lax.dynamic_update_slice(total, part + of_x.astype(jnp.float32), start), None
+
+
+with_gradient_added.defvjp(_with_gradient_added_forward, _with_gradient_added_backward)
 
 
 def deal(x: jax.Array, repeats: int) -> jax.Array:

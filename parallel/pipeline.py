@@ -80,33 +80,40 @@ def hand_on(x: jax.Array, step: int = 1) -> jax.Array:
     return lax.ppermute(x, PIPELINE, [(i, (i + step) % stages) for i in range(stages)])
 
 
-def gpipe(stage: Callable[[Any, Any, jax.Array], jax.Array], xs: jax.Array, repeats: int = 1) -> jax.Array:
+def gpipe(
+    stage: Callable[[Any, Any, jax.Array, Any], tuple[jax.Array, Any]],
+    xs: jax.Array,
+    repeats: int = 1,
+    into: Any = None,
+) -> tuple[jax.Array, Any]:
     """Pass microbatches through all stages.
 
     Args:
-        stage: ``(repeat, microbatch, x) -> y``: this stage's layers of that repeat; shapes of x and y are equal.
+        stage: ``(repeat, microbatch, x, into) -> (y, into)``: this stage's layers of that repeat; shapes of x and y are
+            equal.
         xs: [M, ...], what enters the first stage, the same on all stages.
         repeats: times that each microbatch passes every stage; above 1, M must be a multiple of the stages.
+        into: what is handed from tick to tick on every stage by itself: where gradients go (`layers.stack.run`).
 
     Returns:
-        [M, ...]: what left the last stage; zeros on the other stages.
+        [M, ...]: what left the last stage; zeros on the other stages. And ``into``.
     """
     stages, me = lax.axis_size(PIPELINE), axis_index(PIPELINE)
     table = Timetable("gpipe", stages, xs.shape[0], repeats)
     xs = vary(xs, MESH_AXES)
 
-    def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        arrived, left = carry
+    def tick(carry: tuple[jax.Array, jax.Array, Any], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array, Any], None]:
+        arrived, left, into = carry
         microbatch, repeat, busy = table.forward(t, me)
         enters = (me == 0) & (repeat == 0)
-        y = stage(repeat, microbatch, jnp.where(enters, at(xs, microbatch), arrived))
+        y, into = stage(repeat, microbatch, jnp.where(enters, at(xs, microbatch), arrived), into)
         done = (me == stages - 1) & (repeat == repeats - 1) & busy
         place = jnp.clip(microbatch, 0, xs.shape[0] - 1)
         left = lax.dynamic_update_index_in_dim(left, jnp.where(done, y, at(left, microbatch)), place, 0)
-        return (hand_on(y), left), None
+        return (hand_on(y), left, into), None
 
-    (_, left), _ = lax.scan(tick, (jnp.zeros_like(xs[0]), jnp.zeros_like(xs)), jnp.arange(table.ticks))
-    return left
+    (_, left, into), _ = lax.scan(tick, (jnp.zeros_like(xs[0]), jnp.zeros_like(xs), into), jnp.arange(table.ticks))
+    return left, into
 
 
 def in_turn(stage: Callable[[jax.Array], tuple[jax.Array, T]], x: jax.Array) -> tuple[jax.Array, T]:
@@ -131,7 +138,7 @@ def in_turn(stage: Callable[[jax.Array], tuple[jax.Array, T]], x: jax.Array) -> 
 
 def one_forward_one_backward(
     enter: Callable[[Any, Any], jax.Array],
-    stage: Callable[[Any, Any, jax.Array], jax.Array],
+    stage: Callable[[Any, Any, jax.Array, Any], tuple[jax.Array, Any]],
     leave: Callable[[Any, Any, jax.Array], jax.Array],
     weights: Any,
     microbatches: int,
@@ -143,9 +150,10 @@ def one_forward_one_backward(
 
     Args:
         enter: ``(weights, microbatch) -> x``: what enters the first stage.
-        stage: ``(weights, microbatch, x) -> y``: this stage's layers; shapes of x and y are equal.
+        stage: ``(weights, microbatch, x, into) -> (y, into)``: this stage's layers; shapes of x and y are equal, and
+            ``into`` is where the gradients of ``weights.layers`` go (`layers.stack.run`), or None.
         leave: ``(weights, microbatch, y) -> loss``: float32 scalar, of what leaves the last stage, equal over tensor.
-        weights: whatever the three take; gradients are taken with respect to them.
+        weights: what the three take, a module with ``layers``; gradients are taken with respect to it.
         microbatches: how many.
         skip_idle: branch around what a stage has not to do; else it is computed and thrown away.
 
@@ -166,11 +174,12 @@ def one_forward_one_backward(
         return either(is_first, lambda: vary(enter(weights, microbatch)), lambda: x)
 
     def forward(microbatch: Any, x: jax.Array) -> jax.Array:
-        return vary(stage(weights, microbatch, entered(weights, microbatch, x)))
+        return vary(stage(weights, microbatch, entered(weights, microbatch, x), None)[0])
 
-    def whole(weights: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, jax.Array]:
-        y = vary(stage(weights, microbatch, entered(weights, microbatch, x)))
-        return y, either(is_last, lambda: vary(leave(weights, microbatch, y), loss_axes), lambda: no_loss)
+    def whole(ends: Any, x: jax.Array, into: Any, microbatch: Any) -> tuple[jax.Array, jax.Array, Any]:
+        y, into = stage(weights, microbatch, entered(ends, microbatch, x), into)
+        y = vary(y)
+        return y, either(is_last, lambda: vary(leave(ends, microbatch, y), loss_axes), lambda: no_loss), into
 
     like = jax.eval_shape(enter, weights, 0)
     nothing = vary(jnp.zeros(like.shape, like.dtype))
@@ -189,10 +198,14 @@ def one_forward_one_backward(
         x = lax.dynamic_index_in_dim(kept, jnp.mod(earlier, slots), 0, keepdims=False)
 
         def backward() -> Any:
-            (out, part), pull_back = jax.vjp(lambda w, x: whole(w, x, earlier), weights, x)
+            (out, part, _), pull_back = jax.vjp(
+                lambda ends, x, into: whole(ends, x, into, earlier), weights, x, zeros.layers
+            )
             of_y = jnp.where(is_last | ~due, 0, returned).astype(out.dtype)
-            of_weights, of_x = pull_back((of_y, vary(jnp.where(is_last & due, 1.0, 0.0), loss_axes)))
-            total = jax.tree.map(lambda g, new: g + new.astype(jnp.float32), gradients, of_weights)
+            of_loss = vary(jnp.where(is_last & due, 1.0, 0.0), loss_axes)
+            of_ends, of_x, layers = pull_back((of_y, of_loss, gradients.layers))
+            total = jax.tree.map(lambda g, new: g + new.astype(jnp.float32), gradients, of_ends)
+            total.layers = layers
             return total, of_x, jnp.where(is_last & due, part, 0.0)
 
         gradients, of_x, part = (

@@ -53,6 +53,33 @@ class Plan:
         return {**dataclasses.asdict(self), "mesh": str(self.mesh), "text": str(self)}
 
 
+def padded_rows(global_batch: int, microbatches: int, ways: int) -> int:
+    """Rows of each microbatch over the whole mesh, of which every device has the same number.
+
+    The rows of the batch stand in their order at the front of the microbatches; those that are missing at the end are
+    padding, and count nothing.
+
+    Args:
+        global_batch: rows that there are.
+        microbatches: parts that they are worked off in.
+        ways: devices that the rows of a microbatch are spread over.
+    """
+    return ways * -(-global_batch // (microbatches * ways))
+
+
+def batch_refusal(global_batch: int, microbatches: int, ways: int) -> str | None:
+    """Why a batch cannot be spread like that, or None: every device and every microbatch must get a row that counts."""
+    if ways > global_batch:
+        return f"data*fsdp = {ways} devices share the rows of a batch, and data.global_batch={global_batch} has fewer"
+    most = -(-global_batch // padded_rows(global_batch, microbatches, ways))
+    if microbatches > most:
+        return (
+            f"microbatches={microbatches} cut a batch of {global_batch} rows, {ways} or a multiple of them at a time "
+            f"(data*fsdp), so that {microbatches - most} would hold nothing but padding; {most} are enough"
+        )
+    return None
+
+
 def check_choices(how: Any, *counts: str) -> None:
     """Refuse what no step can be carried out by (UserError).
 

@@ -17,17 +17,15 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from errors import UserError
 from parallel import axes
-from parallel.axes import BATCH_AXES, DATA, FSDP, MESH_AXES, PIPELINE, TENSOR
+from parallel.axes import DATA, FSDP, MESH_AXES, PIPELINE, TENSOR
 from parallel.mesh import MeshConfig
 from parallel.pipeline import Timetable
-from parallel.plan import Gather, Plan, Remat
+from parallel.plan import Gather, Plan, Remat, batch_refusal, padded_rows
 from parallel.topology import Topology
 
 # ---- assumptions -------------------------------------------------------------------------------------------------
 
-#: Share of the peak that the matrix products of a large layer reach while nothing else is waited for. Between the best
-#: published whole steps (0.53 of an H100, 0.65 of a v5p) and the 0.8 or so of a lone product. Nominal on CPU.
-EFFICIENCY = {"tpu": 0.7, "gpu": 0.65, "cpu": 1.0}
+#: What matrix products reach of a chip's peak stands with its figures (`parallel.topology.Chip.efficiency`).
 #: Share of a link's bandwidth that a large collective reaches.
 LINK_EFFICIENCY = 0.85
 #: Share of the memory bandwidth that streaming reaches.
@@ -117,6 +115,10 @@ class Workload:
     loss_chunks: int
     moments: int = 2
     """Optimizer state, in float32 numbers for each parameter."""
+    flops_causal: float = 0.0
+    """Of the model for a token, as MFU counts them (`ModelConfig.train_flops_per_token`)."""
+    flops_full: float = 0.0
+    """The same, counting attention as if every position read every other."""
     quadratic_attention: bool = False
     """Attention keeps scores of every pair of positions (the reference softmax, not a flash kernel)."""
 
@@ -198,11 +200,8 @@ def mesh_refusal(workload: Workload, mesh: MeshConfig, devices: int, slices: int
 def schedule_refusal(workload: Workload, plan: Plan) -> str | None:
     """The part of `refusal` that depends on how the mesh is used."""
     degrees = plan.mesh.degrees
-    if workload.global_batch % plan.microbatches:
-        return f"microbatches = {plan.microbatches} does not divide the batch of {workload.global_batch}"
-    rows, ways = workload.global_batch // plan.microbatches, degrees[DATA] * degrees[FSDP]
-    if rows % ways:
-        return f"mesh: {'*'.join(BATCH_AXES)} = {ways} does not divide the {rows} rows of a microbatch"
+    if why := batch_refusal(workload.global_batch, plan.microbatches, degrees[DATA] * degrees[FSDP]):
+        return f"mesh: {why}"
     stages = degrees[PIPELINE]
     if workload.num_layers % (stages * plan.repeats):
         return f"mesh: pipeline * repeats = {stages}*{plan.repeats} does not divide the {workload.num_layers} layers"
@@ -253,7 +252,9 @@ class Prediction:
     flops: float
     """Of each device in a step."""
     tokens: int
-    """Of a step."""
+    """Of a step, padding left out."""
+    model_flops: Mapping[str, float]
+    """Of a step over all devices, as MFU counts them: "causal" and "full"."""
 
     @functools.cached_property
     def bytes(self) -> float:
@@ -268,7 +269,13 @@ class Prediction:
     @property
     def chip_hours(self) -> float:
         """Of a trillion tokens."""
-        return self.topology.devices * self.seconds / self.tokens * 1e12 / 3600
+        return self.topology.chips * self.seconds / self.tokens * 1e12 / 3600
+
+    def mfu(self, convention: Literal["causal", "full"]) -> float:
+        """Model FLOP utilisation, of the vendor's bfloat16 peak."""
+        return (
+            self.model_flops[convention] / self.seconds / self.topology.devices / self.topology.chip.flops["bfloat16"]
+        )
 
     @property
     def simplicity(self) -> tuple[int, ...]:
@@ -307,7 +314,8 @@ def predict(
         exchanges = [x._replace(bytes=x.bytes * scale[x.axis]) for x in exchanges]
         bytes_sent = {a: compiled_bytes.get(a, 0.0) for a in bytes_sent}
     time = tuple(_time(shape, exchanges, flops))
-    return Prediction(plan, topology, memory, time, bytes_sent, flops, workload.tokens)
+    model_flops = {"causal": workload.flops_causal * workload.tokens, "full": workload.flops_full * workload.tokens}
+    return Prediction(plan, topology, memory, time, bytes_sent, flops, workload.tokens, model_flops)
 
 
 def limit(topology: Topology) -> float:
@@ -332,7 +340,8 @@ class _Shape:
         self.links = topology.links(degrees)
         self.whole_torus = FSDP in self.links and self.links[FSDP].whole_torus
         self.stages, self.replicas, self.shards, self.ways = (degrees[a] for a in MESH_AXES)
-        self.rows = workload.global_batch // plan.microbatches // (self.replicas * self.shards)
+        ways = self.replicas * self.shards
+        self.rows = padded_rows(workload.global_batch, plan.microbatches, ways) // ways
         self.tokens = self.rows * workload.sequence_length
         """Of a microbatch, before tensor parallelism splits the sequence."""
         self.layers = workload.num_layers // self.stages
@@ -455,20 +464,21 @@ def _activations(s: _Shape) -> Iterator[Line]:
 
 
 def _gradients(s: _Shape) -> Iterator[Line]:
-    """What a backward pass makes is in the compute dtype, what is summed or lasts is float32."""
+    """One float32 set that each layer's gradients are added to in turn; in mode "tick" those of a whole stage."""
     plan, c = s.plan, s.number
     summed = plan.microbatches > 1 or s.pipelined
     if s.once:
         whole, numbers = s.layers * s.layer_whole + s.ends_whole, (s.layers, s.layer_whole, s.ends_whole)
+        yield Line("gradients", 4.0 * whole, "({} x {} + {}) x 4 B, whole over fsdp", numbers)
         if summed:
-            yield Line("gradients", 4.0 * whole, "({} x {} + {}) x 4 B, whole over fsdp", numbers)
-        if s.pipelined and plan.schedule == "gpipe":  # the ends have their own loops, one after the other
-            yield Line("gradients, new", c * s.layers * s.layer_whole, "{} x {} x {} B", (s.layers, s.layer_whole, c))
-        else:
-            yield Line("gradients, new", c * whole, "({} x {} + {}) x {} B", (*numbers, c))
+            yield Line("ends' gradients, new", c * s.ends_whole, "{} x {} B", (s.ends_whole, c))
         return
-    for what in ("gradients", "gradients, new") if summed else ("gradients",):
-        yield Line(what, s.part * 4.0, "{} x 4 B", (s.part,))
+    yield Line("gradients", s.part * 4.0, "{} x 4 B", (s.part,))
+    if summed and plan.gather == "tick":
+        yield Line("gradients, new", s.part * 4.0, "{} x 4 B", (s.part,))
+    elif summed:
+        ends = s.ends_whole / s.shards
+        yield Line("ends' gradients, new", ends * 4.0, "{} x 4 B", (ends,))
 
 
 def _saved(s: _Shape) -> tuple[float, str, tuple[Any, ...]]:
@@ -648,19 +658,19 @@ def _weights_moved(s: _Shape) -> Iterator[Exchange]:
 def _time(s: _Shape, exchanges: Sequence[Exchange], flops: float) -> Iterator[Line]:
     """Seconds of a step, one term after the other; what runs beside matrix products is taken off where it is named."""
     w, plan, chip = s.workload, s.plan, s.topology.chip
-    rate = chip.flops[w.compute_dtype] * EFFICIENCY[chip.platform]
+    rate = chip.flops[w.compute_dtype] * chip.efficiency
     compute = flops / rate
     yield Line(
         "matrix products",
         compute,
         "{} FLOP / ({} FLOP/s x {})",
-        (flops, chip.flops[w.compute_dtype], EFFICIENCY[chip.platform]),
+        (flops, chip.flops[w.compute_dtype], chip.efficiency),
     )
     # What a stage does in its ticks (in gpipe the ends are outside of them), and what may still hide something.
     busy, spare = compute * s.in_ticks, compute
     for exchange in exchanges:
         link = s.links[exchange.axis]
-        latency = NETWORK_LATENCY if link.how.startswith("network") else LATENCY
+        latency = NETWORK_LATENCY if link.network else LATENCY
         seconds = exchange.bytes / (link.bandwidth * LINK_EFFICIENCY) + exchange.calls * latency
         hidden = min(exchange.hidden * seconds, spare)
         spare -= hidden
@@ -753,9 +763,10 @@ REPEATS = (1, 2, 4)
 def candidates(workload: Workload, topology: Topology, mesh: MeshConfig) -> Iterator[Plan]:
     """Plans on one mesh that divides the model, without those that another beats in every respect by construction."""
     stages, cpu = mesh.pipeline, topology.chip.platform == "cpu"  # whose memory is the host's
-    rows, left = divmod(workload.global_batch, mesh.data * mesh.fsdp)
-    if left:
+    ways = mesh.data * mesh.fsdp
+    if ways > workload.global_batch:
         return
+    rows = padded_rows(workload.global_batch, 1, ways) // ways
     for microbatches in _spread(rows) if stages == 1 else _for_pipeline(rows, stages):
         for schedule, repeats, stage in _schedules(workload, stages, microbatches):
             for gather in get_args(Gather) if mesh.fsdp > 1 else ("layer",):
@@ -767,16 +778,35 @@ def candidates(workload: Workload, topology: Topology, mesh: MeshConfig) -> Iter
                     yield Plan(mesh, microbatches, schedule, repeats, gather, remat, stage)
 
 
+@functools.cache
+def _cuts(rows: int) -> tuple[int, ...]:
+    """Numbers of microbatches that the rows of a device can be cut into so that none of them is only padding."""
+    return tuple(sorted({-(-rows // each) for each in range(1, rows + 1)}))
+
+
 def _for_pipeline(rows: int, stages: int) -> list[int]:
-    """Divisors of the rows that keep the stages busy, the least of them in any case."""
-    enough = [d for d in _divisors(rows) if d >= stages]
-    return [d for d in enough if d <= MICROBATCHES_PER_STAGE * stages] or enough[:1]
+    """Cuts of the rows that keep the stages busy, the least of them in any case.
+
+    Between each two powers of two those that "1f1b" and "gpipe", which takes multiples of the stages, waste least in.
+    """
+    enough = [m for m in _cuts(rows) if m >= stages]
+    busy = [m for m in enough if m <= MICROBATCHES_PER_STAGE * stages] or enough[:1]
+    return sorted({*_least_padding(rows, busy), *_least_padding(rows, [m for m in busy if m % stages == 0])})
 
 
-def _spread(n: int) -> list[int]:
-    """Divisors, one between each two powers of two: enough of a choice where nothing else depends on their number."""
-    found = {max(d for d in _divisors(n) if d <= 2**k) for k in range(n.bit_length())}
-    return sorted(found | {n})
+def _spread(rows: int) -> list[int]:
+    """One cut between each two powers of two: enough of a choice where nothing else depends on their number."""
+    return sorted({*_least_padding(rows, _cuts(rows)), rows})
+
+
+def _least_padding(rows: int, cuts: Sequence[int]) -> list[int]:
+    """Of numbers of microbatches, between each two powers of two the one that adds fewest rows, then the largest."""
+    best: dict[int, int] = {}
+    for m in cuts:  # ascending
+        power, padded = (m - 1).bit_length(), -(-rows // m) * m
+        if power not in best or padded <= -(-rows // best[power]) * best[power]:
+            best[power] = m
+    return list(best.values())
 
 
 def _schedules(workload: Workload, stages: int, microbatches: int) -> Iterator[tuple[Any, int, bool]]:
@@ -815,6 +845,45 @@ def rank(
     if not best:
         raise UserError(_nothing_fits(workload, topology, only_mesh, closest, rejected))
     return Ranking(workload, topology, objective, tuple(sorted(best, key=_order(objective))), rejected)
+
+
+class OtherBatch(NamedTuple):
+    """A batch near by that would be worked off markedly faster."""
+
+    global_batch: int
+    gain: float
+    """Tokens/s more, as a share."""
+    prediction: Prediction
+
+    def __str__(self) -> str:
+        return (
+            f"with --data.global-batch {self.global_batch}, a multiple of the devices, tokens/s are {self.gain:.0%} "
+            f"higher: {self.prediction.plan}"
+        )
+
+
+#: A batch near by is spoken of from this gain in tokens/s on, and if it differs by no more than this share.
+MARKEDLY, NEAR_BY = 0.05, 0.25
+
+
+def other_batch(ranking: Ranking) -> OtherBatch | None:
+    """The multiple of the devices next below or above the batch that is worked off markedly faster, if one is.
+
+    Of meshes those are tried that spread the batch over all devices, and that of the best plan.
+    """
+    workload, topology, best = ranking.workload, ranking.topology, ranking.best[0]
+    below = workload.global_batch // topology.devices * topology.devices
+    tried = {best.plan.mesh, *(m for m in meshes(topology.devices) if m.pipeline == m.tensor == 1)}
+    found: list[OtherBatch] = []
+    for batch in {below, below + topology.devices} - {0, workload.global_batch}:
+        if abs(batch / workload.global_batch - 1) <= NEAR_BY:
+            other = dataclasses.replace(workload, global_batch=batch)
+            fitting = [p for mesh in tried for p in _fitting(other, topology, mesh)[0]]
+            if fitting:
+                fastest = min(fitting, key=_order("time"))
+                gain = fastest.tokens / fastest.seconds / (best.tokens / best.seconds) - 1
+                found.append(OtherBatch(batch, gain, fastest))
+    return max((o for o in found if o.gain >= MARKEDLY), key=lambda o: o.gain, default=None)
 
 
 def _order(objective: Objective) -> Any:
@@ -870,9 +939,9 @@ _MEMORY = "out of memory"
 
 def _no_microbatch(workload: Workload, mesh: MeshConfig) -> str:
     ways = mesh.data * mesh.fsdp
-    if workload.global_batch % ways:
-        return f"{'*'.join(BATCH_AXES)} = {ways} does not divide the batch of {workload.global_batch}"
-    return f"no number of microbatches >= pipeline = {mesh.pipeline} divides {workload.global_batch // ways} rows"
+    if why := batch_refusal(workload.global_batch, 1, ways):
+        return why
+    return f"{-(-workload.global_batch // ways)} rows a device make no {mesh.pipeline} microbatches, one for each stage"
 
 
 def _over(p: Prediction) -> str:
@@ -896,8 +965,8 @@ def _nothing_fits(
         if only_mesh is not None:
             raise UserError(f"plan: {rejected[0].example}")
         return (
-            f"{what}: no mesh divides the model and the batch of {workload.global_batch}; take a batch with more "
-            f"factors of {topology.devices}, or another number of chips. For example: {rejected[0].example}"
+            f"{what}: no mesh divides the model, or the batch of {workload.global_batch} has too few rows; take a "
+            f"larger batch, or another number of chips. For example: {rejected[0].example}"
         )
     text = f"{what}: the smallest is {closest.plan} with {_over(closest)}. "
     if only_mesh is not None:
@@ -939,9 +1008,14 @@ def explain(prediction: Prediction) -> list[str]:
     return text
 
 
+def _utilisation(p: Prediction) -> str:
+    """MFU, where the peak is a vendor's."""
+    return "-" if p.topology.chip.nominal else f"{p.mfu('causal'):.1%} / {p.mfu('full'):.1%}"
+
+
 def lines(ranking: Ranking, top: int = 10) -> list[str]:
     """A ranking as a person reads it: a table of the best plans, and why others were rejected."""
-    head = f"{'step':>9} {'tokens/s':>11} {'memory':>9} {'chip-hours/T':>13}  plan"
+    head = f"{'step':>9} {'tokens/s':>11} {'MFU causal/full':>15} {'memory':>9} {'chips':>6} {'chip-hours/T':>13}  plan"
     text = [
         f"{ranking.workload.name} on {ranking.topology}, by {ranking.objective} (predicted, not measured; "
         f"{len(ranking.best):,} plans fit)",
@@ -950,8 +1024,8 @@ def lines(ranking: Ranking, top: int = 10) -> list[str]:
     for p in ranking.best[:top]:
         where = f"  on {p.topology}" if p.topology != ranking.topology else ""
         text.append(
-            f"{p.seconds:>8.3f}s {p.tokens / p.seconds:>11,.0f} {p.bytes / 1e9:>6.2f} GB {p.chip_hours:>13,.0f}  "
-            f"{p.plan}{where}"
+            f"{p.seconds:>8.3f}s {p.tokens / p.seconds:>11,.0f} {_utilisation(p):>15} {p.bytes / 1e9:>6.2f} GB "
+            f"{p.topology.chips:>6} {p.chip_hours:>13,.0f}  {p.plan}{where}"
         )
     for r in ranking.rejected:
         text.append(f"rejected, {r.reason}: {r.count:,}; {'closest' if r.reason == _MEMORY else 'such as'} {r.example}")

@@ -23,7 +23,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device's worth of hardware. Bandwidths are bytes/s in one direction, and of one chip."""
+    """One jax device's worth of hardware, but for ``link`` and ``most``. Bandwidths are bytes/s in one direction."""
 
     name: str
     platform: Literal["tpu", "gpu", "cpu"]
@@ -35,7 +35,7 @@ class Chip:
     """Memory that one program may use."""
     hbm_bandwidth: float
     link: float
-    """TPU: of one link to a neighbour. GPU: of all NVLinks together."""
+    """TPU: of one link of a chip to a neighbour. GPU: of all NVLinks together."""
     torus: int
     """Dimensions of the torus of links; 0 = every chip of a node reaches every other at full speed."""
     wraps: int
@@ -46,9 +46,15 @@ class Chip:
     """Between slices or nodes."""
     host: float
     """Between the chip and its host's memory, for what is offloaded."""
+    efficiency: float
+    """Share of the peak that the matrix products of a large layer reach while nothing else is waited for: what makes
+    the predicted step of a 7B model as fast as published ones (``efficiency_source``). Nominal on CPU."""
+    efficiency_source: str
     source: str
     nominal: bool = False
     """The figures describe no real device."""
+    cores: int = 1
+    """jax devices that one chip is, joined by a link of their own six times as fast as one to a neighbour."""
 
 
 _TPU = (
@@ -61,58 +67,133 @@ _GPU = (
     "of both directions; memory and its bandwidth: openxla/xla gpu/target_config/specs/{1}.txtpb, of the memory 0.92 "
     "(XLA_PYTHON_CLIENT_MEM_FRACTION=.92; by itself JAX takes .75); network: DGX {2}, one 2-port adapter per GPU"
 )
+_TPU7X = (
+    "Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/tpu7x), per chip and halved, for JAX sees each of "
+    "its two chiplets as a device: FLOP/s, HBM and its bandwidth, links (1200 GB/s, both ways, of six); that 1.5 % of "
+    "the memory is not to be had, network and PCIe are assumed to be as the {0}'s predecessors'"
+)
+_GPU_PCIE = (
+    "NVIDIA {0} PCIe data sheet: dense FLOP/s without sparsity (float32: CUDA cores), memory bandwidth, half of PCIe's "
+    "sum of both directions, which is what joins the cards (bridges join two at most, and are not counted on); memory: "
+    "openxla/xla gpu/target_config/specs/{1}.txtpb or the data sheet, of it 0.92; network: one adapter per GPU, assumed"
+)
+_GB200 = (
+    "NVIDIA {0} NVL72 data sheet, per GPU: dense FLOP/s without sparsity, half of NVLink's and NVLink-C2C's sum of "
+    "both directions, 72 GPUs in a domain; memory and its bandwidth: openxla/xla gpu/target_config/specs/{1}.txtpb, of "
+    "the memory 0.92; network: 400 Gb/s a GPU"
+)
 #: Share of a GPU's memory that JAX is told to take, the rest being left to CUDA, NCCL and cuDNN. An assumption.
 _GPU_SHARE = 0.92
 
 
+#: What whole training steps of 7B and 8B models reach of a chip's peak, by "full" MFU, and where that is published: the
+#: efficiency of its matrix products is set so that the planner's best plan comes out near it
+#: (`tests/training/test_planning.py`).
+_PUBLISHED = {
+    "v4": "axlearn, Fuji-7B v1 on v4-1024, 2048 tokens: 42.1 % (experiments/text/gpt/fuji.py)",
+    "v5e": "axlearn, Fuji-7B v2 on v5e-1024, 4096 tokens: 43.4 % (experiments/text/gpt/fuji.py)",
+    "v5p": "axlearn (arXiv 2507.05411), Llama-2-7B on v5p-512, 4096 tokens: 65.8 %",
+    "v6e": "MaxText performance docs, Llama-3.1-8B on v6e-256, 8192 tokens: 45.5 %",
+    "a100": "fms-fsdp, Llama-2-7B on 128 A100, 4096 tokens: 54.7 % in a whole run, 67.2 % at best (README)",
+    "h100": "JAX-Toolbox, MaxText Llama-2-7B on 8 H100, 4096 tokens: 52.9 %; OLMo-core, OLMo-2 7B: 46.6 %",
+}
+
+
+def _efficiency(value: float, of: str, own: bool = True) -> tuple[float, str]:
+    """A chip's efficiency and its source; of a chip for which nothing was found, that of its nearest relative."""
+    return value, _PUBLISHED[of] if own else f"nothing published was found for it; as {of}: {_PUBLISHED[of]}"
+
+
 def _tpu(
     name: str, kinds: tuple[str, ...], bfloat16: float, gib: float, hbm: float, link: float, torus: int, most: int,
-    network: float, host: float,
+    network: float, host: float, efficiency: tuple[float, str], cores: int = 1, source: str = _TPU,
 ) -> Chip:  # fmt: skip
     # float32 is multiplied in six bfloat16 passes (`jax.lax.Precision.HIGHEST`).
     flops = {"bfloat16": bfloat16, "float32": bfloat16 / 6}
     wraps = 4 if torus == 3 else 16
-    source = _TPU.format(name)
-    return Chip(name, "tpu", kinds, flops, gib * _GIB, hbm, link, torus, wraps, most, network, host, source)
+    return Chip(
+        name, "tpu", kinds, flops, gib * _GIB, hbm, link, torus, wraps, most, network, host, *efficiency,
+        source.format(name), cores=cores,
+    )  # fmt: skip
 
 
 def _gpu(
     name: str, kinds: tuple[str, ...], bfloat16: float, float32: float, memory: float, hbm: float, link: float,
-    network: float, host: float, spec: str,
+    network: float, host: float, spec: str, efficiency: tuple[float, str], most: int = 8, source: str = _GPU,
 ) -> Chip:  # fmt: skip
     flops = {"bfloat16": bfloat16, "float32": float32}
     board = name.split("-")[0].upper()
-    source = _GPU.format(board, spec, board)
-    return Chip(name, "gpu", kinds, flops, memory * _GPU_SHARE, hbm, link, 0, 0, 8, network, host, source)
+    return Chip(
+        name, "gpu", kinds, flops, memory * _GPU_SHARE, hbm, link, 0, 0, most, network, host, *efficiency,
+        source.format(board, spec, board),
+    )  # fmt: skip
 
 
 #: By name, as topologies spell it.
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v4", ("TPU v4",), 275e12, 30.75, 1.2e12, 4.5e10, 3, 4096, 6.25e9, 1.6e10),
-        _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75, 8.19e11, 4.5e10, 2, 256, 3.125e9, 1.6e10),
-        _tpu("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74, 2.765e12, 9e10, 3, 6144, 6.25e9, 1.6e10),
-        _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25, 1.638e12, 9e10, 2, 256, 1.25e10, 3.2e10),
+        _tpu("v4", ("TPU v4",), 275e12, 30.75, 1.2e12, 4.5e10, 3, 4096, 6.25e9, 1.6e10, _efficiency(0.49, "v4")),
+        _tpu(
+            "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75, 8.19e11, 4.5e10, 2, 256, 3.125e9, 1.6e10,
+            _efficiency(0.55, "v5e"),
+        ),
+        _tpu(
+            "v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74, 2.765e12, 9e10, 3, 6144, 6.25e9, 1.6e10,
+            _efficiency(0.7, "v5p"),
+        ),
+        _tpu(
+            "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25, 1.638e12, 9e10, 2, 256, 1.25e10, 3.2e10,
+            _efficiency(0.57, "v6e"),
+        ),
+        _tpu(
+            "v7x", ("TPU7x",), 2307e12 / 2, 192 / 2 * 0.985, 7.38e12 / 2, 1e11, 3, 9216, 1.25e10 / 2, 3.2e10,
+            _efficiency(0.57, "v6e", own=False), cores=2, source=_TPU7X,
+        ),
         _gpu(
             "a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 19.5e12, 85100068864, 2.039e12, 3e11, 2.5e10, 3.2e10,
-            "a100_sxm_80",
+            "a100_sxm_80", _efficiency(0.65, "a100"),
         ),
         _gpu(
             "a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 19.5e12, 42331013120, 1.555e12, 3e11, 2.5e10, 3.2e10,
-            "a100_sxm_40",
+            "a100_sxm_40", _efficiency(0.65, "a100"),
+        ),
+        _gpu(
+            "a100-pcie", ("NVIDIA A100 80GB PCIe",), 312e12, 19.5e12, 79050250240, 1.935e12, 3.2e10, 2.5e10, 3.2e10,
+            "a100_pcie_80", _efficiency(0.65, "a100", own=False), source=_GPU_PCIE,
         ),
         _gpu(
             "h100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 66.9e12, 84942979072, 3.352e12, 4.5e11, 5e10, 6.4e10,
-            "h100_sxm",
+            "h100_sxm", _efficiency(0.57, "h100"),
+        ),
+        _gpu(
+            "h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 51e12, 84942979072, 2.039e12, 6.4e10, 5e10, 6.4e10,
+            "h100_pcie", _efficiency(0.57, "h100", own=False), source=_GPU_PCIE,
+        ),
+        _gpu(
+            "h100-nvl", ("NVIDIA H100 NVL",), 835.5e12, 60e12, 94e9, 3.9e12, 6.4e10, 5e10, 6.4e10,
+            "", _efficiency(0.57, "h100", own=False), source=_GPU_PCIE,
         ),
         _gpu(
             "h200", ("NVIDIA H200",), 989.4e12, 66.9e12, 151397597184, 4.8e12, 4.5e11, 5e10, 6.4e10,
-            "h200",
+            "h200", _efficiency(0.57, "h100", own=False),
+        ),
+        _gpu(
+            "b200", ("NVIDIA B200",), 2250e12, 75e12, 191514411008, 7.672e12, 9e11, 5e10, 6.4e10,
+            "b200", _efficiency(0.57, "h100", own=False),
+        ),
+        _gpu(
+            "gb200", ("NVIDIA GB200",), 2500e12, 80e12, 197897748480, 7.928e12, 9e11, 5e10, 4.5e11,
+            "gb200", _efficiency(0.57, "h100", own=False), most=72, source=_GB200,
+        ),
+        _gpu(
+            "l40s", ("NVIDIA L40S",), 362.05e12, 91.6e12, 48e9, 8.64e11, 3.2e10, 2.5e10, 3.2e10,
+            "", _efficiency(0.57, "h100", own=False), source=_GPU_PCIE,
         ),
         Chip(
             name="cpu", platform="cpu", kinds=("cpu",), flops={"bfloat16": 1e10, "float32": 1e10},
             hbm_bytes=2 * _GIB, hbm_bandwidth=1e10, link=1e9, torus=0, wraps=0, most=4096, network=1e9, host=1e10,
+            efficiency=1.0, efficiency_source="nominal",
             source="nominal: round numbers, so that plans for simulated devices can be compared; they describe none",
             nominal=True,
         ),
@@ -125,6 +206,10 @@ AMBER = "amber"
 _AMBER_SHAPE, _AMBER_NETWORK = "56x4", 2 * 200e9 / 8 / 4
 
 
+#: Times as fast as a link to a neighbour are the devices of one chip joined (TPU7x documentation).
+INSIDE_CHIP = 6
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
     """What carries the collectives of one mesh axis."""
@@ -135,6 +220,8 @@ class Link:
     """The arithmetic."""
     whole_torus: bool = False
     """The axis takes up all of a three-dimensional torus: see `planner.WHOLE_TORUS`."""
+    network: bool = False
+    """A part of the way leads over the network between slices or nodes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +230,7 @@ class Topology:
 
     chip: Chip
     shape: tuple[int, ...]
-    """TPU: lengths of the torus of one slice. GPU: (nodes, GPUs of a node). CPU: (devices,)."""
+    """TPU: lengths of the torus of one slice, in chips. GPU: (nodes, GPUs of a node). CPU: (devices,)."""
     slices: int = 1
     """Slices that the data center's network joins (TPU)."""
     network: float = 0.0
@@ -203,9 +290,11 @@ class Topology:
             slices = len({getattr(d, "slice_index", 0) for d in devices})
             coordinates = list(zip(*(d.coords for d in devices), strict=True))
             shape = tuple(max(c) - min(c) + 1 for c in coordinates)[: chip.torus]
-            if math.prod(shape) * slices == count:
+            if math.prod(shape) * slices * chip.cores == count:
                 return cls(chip, shape, slices)
-            return cls(chip, (count // slices, *(1,) * (chip.torus - 1)), slices)  # no box: a line is the worst case
+            return cls(
+                chip, (count // slices // chip.cores, *(1,) * (chip.torus - 1)), slices
+            )  # no box: a line is the worst case
         if chip.platform == "cpu":
             return cls(chip, (count,))
         hosts = {getattr(d, "slice_index", None) for d in devices}  # on NVIDIA a host, however many processes it has
@@ -228,13 +317,18 @@ class Topology:
 
     @property
     def devices(self) -> int:
+        """jax devices, all together."""
+        return math.prod(self.shape) * self.slices * self.chip.cores
+
+    @property
+    def chips(self) -> int:
         """Chips, all together."""
-        return math.prod(self.shape) * self.slices
+        return self.devices // self.chip.cores
 
     @property
     def node(self) -> int:
         """Chips that reach each other without the network: a slice, a node."""
-        return self.shape[1] if self.chip.platform == "gpu" else math.prod(self.shape)
+        return self.shape[1] if self.chip.platform == "gpu" else math.prod(self.shape) * self.chip.cores
 
     @property
     def network_bandwidth(self) -> float:
@@ -283,9 +377,16 @@ class Topology:
             return inside
         across = local * self.network_bandwidth
         how = f"network: {local} x {_rate(self.network_bandwidth)}"
-        if local > 1 and inside.bandwidth < across:
-            return dataclasses.replace(inside, how=f"{inside.how} (slower than the {how})")
-        return Link(across, how)
+        if local == 1:
+            return Link(across, how, network=True)
+        if self.chip.platform == "tpu":  # first inside each slice, then between slices: one hop waits for the other
+            both = 1 / (1 / inside.bandwidth + 1 / across)
+            return Link(both, f"{how}, and inside {inside.how}, one after the other", network=True)
+        if (
+            inside.bandwidth < across
+        ):  # NCCL passes pieces on from NVLink to the network as they come: the slower counts
+            return dataclasses.replace(inside, how=f"{inside.how} (slower than the {how})", network=True)
+        return Link(across, how, network=True)
 
     def _inside(self, degrees: Mapping[str, int]) -> dict[str, Link]:
         """What carries the part of each axis that lies inside a node or slice."""
@@ -293,7 +394,9 @@ class Topology:
         if not chip.torus:
             name = "NVLink" if chip.platform == "gpu" else "nominal link"
             return {axis: Link(chip.link, f"{name} {_rate(chip.link)}") for axis in MESH_AXES}
-        free = [[length, 1] for length in self.shape]  # of each torus dimension: what is left, stride of what is left
+        free = [
+            [length, 1] for length in self._lengths
+        ]  # of each torus dimension: what is left, stride of what is left
         found: dict[str, Link] = {}
         for axis in reversed(MESH_AXES):
             found[axis] = self._on_torus(degrees[axis], free)
@@ -324,18 +427,26 @@ class Topology:
         bandwidth, how = 0.0, []
         for d, taken in parts:
             left, stride = free[d]
-            ring = taken == self.shape[d] and self._rings[d]
-            bandwidth += link * (2 if ring else 1) / stride
+            ring = taken == self._lengths[d] and self._rings[d]
+            if d < len(self.shape):
+                bandwidth += link * (2 if ring else 1) / stride / self.chip.cores  # which share their chip's links
+            elif len(parts) == 1:
+                bandwidth += link * INSIDE_CHIP
             how.append(f"{'ring' if ring else 'line'} of {taken}" + (f" at stride {stride}" if stride > 1 else ""))
             free[d] = [left // taken, stride * taken]
-        whole_torus = len(parts) == 3 and math.prod(t for _, t in parts) == math.prod(self.shape)
+        whole_torus = self.chip.torus == 3 and len(parts) >= 3 and math.prod(t for _, t in parts) == self.node
         return Link(bandwidth or link, f"{' + '.join(how) or 'one link'}, {_rate(link)} a link and way", whole_torus)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """Of the torus, and where a chip is several devices, of them."""
+        return (*self.shape, self.chip.cores) if self.chip.cores > 1 else self.shape
 
     @functools.cached_property
     def _rings(self) -> tuple[bool, ...]:
         """Which torus dimensions are closed: of three, all or none (only whole cubes are); of two, each by itself."""
         closed = tuple(length % self.chip.wraps == 0 for length in self.shape)
-        return (all(closed),) * len(closed) if self.chip.torus == 3 else closed
+        return (*((all(closed),) * len(closed) if self.chip.torus == 3 else closed), False)
 
     # ---- other sizes -------------------------------------------------------------------------------------------
 

@@ -47,7 +47,10 @@ def test_a_mesh_that_is_given_is_kept_to(capsys):
         (["amber_7b", "--topology", "v5e:2x2"], "nothing fits for amber_7b on v5e:2x2.* v5e:.* is enough"),
         (["amber_tiny", "--topology", "cpu:8", "--mesh", "fsdp=3"], "= 3 but 8 cpu:8 devices"),
         (["amber_tiny", "--topology", "cpu:3", "--mesh", "tensor=3"], "tensor = 3 does not divide"),
-        (["amber_tiny", "--topology", "cpu:3"], "no mesh divides.*batch with more factors of 3"),
+        (
+            ["amber_tiny", "--topology", "cpu:3", "--data.global-batch", "2"],
+            "no mesh divides the model, or the batch of 2 has too few rows.*larger batch",
+        ),
         (["amber_tiny", "--topology", "cpu:8", "--verify"], "no compiler is asked for simulated devices"),
         (["amber_tiny", "--topology", "2*v5e:2x2", "--verify"], "no compiler is asked for several slices"),
         (["amber_tiny", "--topology", "cpu:8", "--top", "0"], "--top 0: must be positive"),

@@ -19,7 +19,7 @@ from errors import UserError
 from layers.model import ModelConfig
 from parallel.axes import BATCH_AXES, PIPELINE, TENSOR
 from parallel.mesh import MeshConfig
-from parallel.plan import Gather, Remat, check_choices
+from parallel.plan import Gather, Remat, batch_refusal, check_choices, padded_rows
 from parallel.plan import Schedule as PipelineSchedule
 from training.optimizer import OptimizerConfig, at_least
 
@@ -146,7 +146,8 @@ class ExecutionConfig:
     compute_dtype: Literal["float32", "bfloat16"]
     """Dtype of matrices and activations; master weights and optimizer state are float32."""
     microbatches: int
-    """The global batch is worked off in this many parts, gradients summed in float32."""
+    """The global batch is worked off in this many parts, gradients summed in float32. Where they and the mesh do not
+    divide it, rows of weight 0 are added at its end."""
     gather: Gather
     """Weights are gathered over fsdp once per step, once per microbatch and stage, or in each layer (ZeRO-3)."""
     remat: Remat
@@ -298,10 +299,8 @@ class RunConfig:
                 f"config: data.sequence_length={d.sequence_length} is longer than the model's context of "
                 f"{self.model.context_length}; shorten it or raise model.context_length"
             )
-        if d.global_batch % e.microbatches:
-            raise UserError(
-                f"config: execution.microbatches={e.microbatches} does not divide data.global_batch={d.global_batch}"
-            )
+        if why := batch_refusal(d.global_batch, e.microbatches, 1):
+            raise UserError(f"config: {why}")
         if d.sequence_length % e.loss_chunks:
             raise UserError(
                 f"config: execution.loss_chunks={e.loss_chunks} does not divide "
@@ -407,19 +406,18 @@ class RunConfig:
                 "schedule gpipe each stage embeds its share of them; change one of them, or set --execution.schedule "
                 "1f1b"
             )
-        rows = self.data.global_batch // self.execution.microbatches
-        ways = degrees[BATCH_AXES[0]] * degrees[BATCH_AXES[1]]
-        if rows % ways:
-            raise UserError(
-                f"mesh: {'*'.join(BATCH_AXES)} = {ways} does not divide the {rows} rows of a microbatch "
-                f"(data.global_batch={self.data.global_batch} / execution.microbatches="
-                f"{self.execution.microbatches}); change one of them"
-            )
+        if why := batch_refusal(self.data.global_batch, e.microbatches, _ways(degrees)):
+            raise UserError(f"mesh: {why}; change one of them")
         if self.data.sequence_length % degrees[TENSOR]:
             raise UserError(
                 f"mesh: tensor = {degrees[TENSOR]} does not divide data.sequence_length={self.data.sequence_length}, "
                 "and activations between matrices are split along the sequence"
             )
+
+    def batch_shape(self, degrees: Mapping[str, int]) -> tuple[int, int]:
+        """(microbatches, rows of each) on a mesh of these degrees, padding included (`parallel.plan.padded_rows`)."""
+        parts = self.execution.microbatches
+        return parts, padded_rows(self.data.global_batch, parts, _ways(degrees))
 
     def resolve(self, data: "TokenData") -> "RunConfig":
         """This config with what it leaves open taken from the data, checked against it.
@@ -560,6 +558,11 @@ class RunConfig:
                 f"{where} belongs to another configuration ({other.recipe}):\n{lines}\n"
                 "give the run's own values, or another --run directory"
             )
+
+
+def _ways(degrees: Mapping[str, int]) -> int:
+    """Devices that the rows of a batch are spread over."""
+    return math.prod(degrees[axis] for axis in BATCH_AXES)
 
 
 class Family(NamedTuple):

@@ -177,11 +177,13 @@ def train(
 
 def make_loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
     """The batches of a resolved config on a mesh."""
+    microbatches, rows = config.batch_shape(mesh.shape)
     return Loader(
         data,
         phase_steps=config.phase_steps,
         global_batch=config.data.global_batch,
-        microbatches=config.execution.microbatches,
+        microbatches=microbatches,
+        rows=rows,
         sharding=steps.batch_sharding(mesh),
         workers=config.data.workers,
     )

@@ -44,6 +44,8 @@ def workload(config: RunConfig, platform: str) -> Workload:
         sequence_length=data.sequence_length,
         compute_dtype=execution.compute_dtype,
         loss_chunks=execution.loss_chunks,
+        flops_causal=model.train_flops_per_token(data.sequence_length, causal=True),
+        flops_full=model.train_flops_per_token(data.sequence_length, causal=False),
         quadratic_attention=kernel == "reference",
     )
 

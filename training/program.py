@@ -62,8 +62,9 @@ class Program:
 
     def trace(self) -> Any:
         """The train step as `jax.jit(…).trace` returns it; nothing is compiled, and no device is touched."""
+        config, rows = self.config, self.config.data.global_batch
         step = steps.make_train_step(
-            self.config.model, self.optimizer, self.learning_rate, self.region, self.mesh, self.config.loss_over
+            config.model, self.optimizer, self.learning_rate, self.region, self.mesh, config.loss_over, rows
         )
         return step.trace(self.abstract, abstract_batch(self.config, self.mesh), abstract_limits(self.mesh))
 
@@ -130,13 +131,12 @@ class Program:
 
     def _batch(self, samples: Sample) -> Batch:
         """At most a batch of samples, arrays of [n, S], in the training shape; what is missing has weight 0."""
-        parts, rows = self.config.execution.microbatches, self.config.data.global_batch
-        sharding = steps.batch_sharding(self.mesh)
+        shape, sharding = self.config.batch_shape(self.mesh.shape), steps.batch_sharding(self.mesh)
 
         def array(values: np.ndarray) -> jax.Array:  # [at most rows, S]
-            full = np.zeros((rows, values.shape[1]), values.dtype)
+            full = np.zeros((math.prod(shape), values.shape[1]), values.dtype)
             full[: len(values)] = values
-            full = full.reshape(parts, rows // parts, -1)
+            full = full.reshape(*shape, -1)
             return jax.make_array_from_callback(full.shape, sharding, full.__getitem__)
 
         return Batch(*map(array, samples))
@@ -144,8 +144,8 @@ class Program:
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a training batch."""
-    parts, sharding = config.execution.microbatches, steps.batch_sharding(mesh)
-    shape = (parts, config.data.global_batch // parts, config.data.sequence_length)
+    sharding = steps.batch_sharding(mesh)
+    shape = (*config.batch_shape(mesh.shape), config.data.sequence_length)
     dtypes = (jnp.int32, jnp.int32, jnp.float32)
     return Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=sharding) for t in dtypes))  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ it there is only the optimizer, elementwise on sharded arrays.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,22 +37,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def make_loss_and_gradients(
-    model: ModelConfig, region: Region, mesh: Mesh, loss_over: Literal["targets", "positions"] = "targets"
+    model: ModelConfig,
+    region: Region,
+    mesh: Mesh,
+    loss_over: Literal["targets", "positions"] = "targets",
+    rows: int | None = None,
 ) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
     """``(params, batch) -> (loss, gradients)``: sum of weighted ``-log p`` over the global batch, divided.
 
     Divided by the sum of the weights (``targets``), or by the number of positions whatever their weights (fact sheet
-    2.2). The batch is worked off microbatch by microbatch; the divisor is that of the whole batch, so how it is cut
-    changes the result only by rounding. Gradients are summed in float32.
+    2.2), those of ``rows`` rows: what more the batch has is padding, of weight 0 (None: it has none). The batch is
+    worked off microbatch by microbatch; the divisor is that of the whole batch, so how it is cut changes the result
+    only by rounding. Gradients are summed in float32.
     """
     graphdef = model.graphdef()
     param_specs = params.specs(params.shardings(model.abstract, mesh))
     batch_spec = batch_sharding(mesh).spec
     exact = dataclasses.replace(region, compute_dtype="float32")
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
     def body(weights_in: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        counted = batch.weights if loss_over == "targets" else jnp.ones_like(batch.weights)
-        count = psum(jnp.sum(counted), BATCH_AXES)
+        count = psum(jnp.sum(batch.weights if loss_over == "targets" else jnp.ones_like(batch.weights)), BATCH_AXES)
+        if loss_over == "positions" and rows not in (None, math.prod(batch.weights.shape[:2]) * ways):
+            count = jnp.float32(rows * batch.weights.shape[-1])
         model = region.begin(nnx.merge(graphdef, weights_in))
         loss, gradients = loss_and_gradients(model, region, batch, count)
         # The way back, in float32: linear, so that where it is taken does not matter and nothing is computed forward.
@@ -70,8 +78,11 @@ def make_train_step(
     region: Region,
     mesh: Mesh,
     loss_over: Literal["targets", "positions"] = "targets",
+    rows: int | None = None,
 ) -> Any:
     """The jitted ``(state, batch, limits) -> (state, metrics)``. The old state is donated.
+
+    ``loss_over`` and ``rows``: see `make_loss_and_gradients`.
 
     ``limits`` are float32 [2], of loss and gradient norm (`NO_LIMITS`). Where one is exceeded, or is not finite, the
     update does not land: `training.state.pass_over`.
@@ -79,7 +90,7 @@ def make_train_step(
     Metrics are float32 scalars: loss, grad_norm (true global norm, before clipping), learning_rate (of this update),
     applied (1 or 0).
     """
-    loss_and_gradients = make_loss_and_gradients(model, region, mesh, loss_over)
+    loss_and_gradients = make_loss_and_gradients(model, region, mesh, loss_over, rows)
     where = shardings(abstract_state(model, optimizer, mesh))
 
     def train_step(state: TrainState, batch: Batch, limits: jax.Array) -> tuple[TrainState, Metrics]:
@@ -107,7 +118,7 @@ def make_eval_step(model: ModelConfig, region: Region, mesh: Mesh) -> Any:
 
     def body(weights_in: Any, batch: Batch) -> Metrics:
         model = region.begin(nnx.merge(graphdef, weights_in))
-        total = psum(loss_sum(lambda: model, region, batch), (PIPELINE, *BATCH_AXES))
+        total = psum(loss_sum(model, region, batch)[0], (PIPELINE, *BATCH_AXES))
         return {"loss_sum": total, "weight": psum(jnp.sum(batch.weights), BATCH_AXES)}
 
     return jax.jit(

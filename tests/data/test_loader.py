@@ -302,7 +302,8 @@ def test_ids_outside_the_vocabulary_are_refused(damaged, mesh):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"microbatches": 5}, "a global batch of 12 samples cannot be split into 5 microbatches"),
+        ({"microbatches": 13}, "a global batch of 12 samples cannot be split into 13 microbatches"),
+        ({"microbatches": 4, "rows": 2}, "4 microbatches of 2 rows do not hold a global batch of 12 samples"),
         ({"microbatches": 0}, "a global batch of 12 samples cannot be split into 0 microbatches"),
         ({"global_batch": 99_999}, r"a chunk has \d+ samples, fewer than one global batch of 99999"),
         ({"workers": -1}, "workers = -1, prefetch = 2: at least 0"),

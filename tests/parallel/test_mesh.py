@@ -158,7 +158,7 @@ def test_an_axis_without_a_rule_or_used_twice_is_an_error(mesh_of):
         ("fsdp=5", r"fsdp = 5 does not divide the 'embed' dimension \(32\)"),
         ("tensor=16", r"tensor = 16 does not divide .* choose a degree from \[1, 2, 4, 8\]"),
         ("pipeline=4", r"pipeline = 4 does not divide the 'layers' dimension \(2\)"),
-        ("data=16", r"data\*fsdp = 16 does not divide the 8 rows of a microbatch"),
+        ("data=16", r"data\*fsdp = 16 devices share the rows of a batch, and data.global_batch=8 has fewer"),
     ],
 )
 def test_refuses_a_mesh_that_does_not_divide_the_model(tiny, mesh, message):

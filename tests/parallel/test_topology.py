@@ -97,7 +97,12 @@ def test_slices_are_joined_by_the_network():
     found = links("2*v5e:16x16", "data=2,fsdp=256")
     assert found["data"].bandwidth == CHIPS["v5e"].network
     assert found["fsdp"].bandwidth == links("v5e:16x16", "fsdp=256")["fsdp"].bandwidth
-    assert "slower than the network" in links("2*v5e:16x16", "fsdp=512")["fsdp"].how
+    across = links("2*v5e:16x16", "fsdp=512")["fsdp"]
+    inside = found["fsdp"].bandwidth
+    assert across.bandwidth == pytest.approx(1 / (1 / inside + 1 / (256 * CHIPS["v5e"].network))), (
+        "one hop, then the other"
+    )
+    assert (across.network, found["data"].network, found["fsdp"].network) == (True, True, False)
 
 
 @pytest.mark.parametrize("name", ["v5p:4x4x4", "v5e:16x16", "amber", "2*v5e:4x4", "cpu:8"])

@@ -44,7 +44,7 @@ def with_execution(config, **changes):
         ),
         (lambda c: with_data(c, samples_per_chunk=4), "global_batch=8 is larger than a chunk of 4 samples"),
         (lambda c: with_data(c, sequence_length=64), "longer than the model's context of 32"),
-        (lambda c: with_execution(c, microbatches=3), "microbatches=3 does not divide data.global_batch=8"),
+        (lambda c: with_execution(c, microbatches=5), "microbatches=5 cut a batch of 8 rows"),
         (lambda c: with_execution(c, loss_chunks=5), "loss_chunks=5 does not divide data.sequence_length=32"),
         (lambda c: with_execution(c, loss_chunks=0), "loss_chunks 0: must be at least 1"),
         (lambda c: with_execution(c, remat="some"), "remat 'some': choose from none, dots, full"),
