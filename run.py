@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import RunError, UserError
+from errors import RunError, UserError, out_of_memory
 from models import RECIPES
 
 #: Verb -> the word that comes first after it, if there is one. Each is a file in commands/, imported when it is asked
@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(e.code or 0)
     except KeyboardInterrupt:
         return 130
+    except Exception as e:
+        if (told := out_of_memory(e)) is None:
+            raise
+        return _fail(told, 1, as_json)
 
 
 def _flags(verb: str, command: Any, words: list[str]) -> Any:

@@ -23,6 +23,7 @@ from data.loader import Loader
 from data.mixed import MixedData
 from errors import RunError, UserError
 from parallel import distributed
+from training import memory
 from training import step as steps
 from training.config import Family, RunConfig, SeriesConfig
 from training.guard import Fault, Guard, plain
@@ -93,6 +94,7 @@ def train(
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
     config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
+    memory.check(config, mesh)
     loader = make_loader(config, data, mesh)
     data.check_files()
     lead = distributed.is_lead()
@@ -566,6 +568,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
     mesh = config.mesh.build()
     config.check_mesh(mesh.shape)
     config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
+    memory.check(config, mesh)
     distributed.check_same("train", {"config": config.to_dict(), "data manifest": data.sha256, "--steps": num_steps})
     program = Program.plan(config, mesh).compile()
     distributed.together()
@@ -578,7 +581,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
         times.append(time.perf_counter() - start)
         on_step(index)
     median = float(np.median(times[1:] or times))  # the first step also pages memory in
-    memory = program.mesh.local_devices[0].memory_stats() or {}
+    stats = program.mesh.local_devices[0].memory_stats() or {}
     return {
         "recipe": config.recipe,
         "mesh": dict(program.mesh.shape),
@@ -596,7 +599,7 @@ def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Call
         "peak_flops": program.peak and program.peak.flops,
         "peak_flops_source": program.peak and program.peak.source,
         "peak_bytes_per_device_planned": program.peak_bytes,
-        "peak_bytes_per_device_measured": memory.get("peak_bytes_in_use"),
+        "peak_bytes_per_device_measured": stats.get("peak_bytes_in_use"),
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
