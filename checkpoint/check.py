@@ -115,7 +115,8 @@ def _digests(entry: Entry, array: str, dtypes: Sequence[str]) -> list[str]:
         piece = lazy[box]
         offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
         for n, dtype in enumerate(dtypes):
-            lanes[n] += digest.partial(piece.astype(dtype, copy=False), offset, strides)
+            part = piece.astype(dtype, copy=False)
+            lanes[n] += digest.partial(part, offset, strides, entry.manifest.digest_version)
     return [digest.finish(name, lazy.shape, dtype, sums) for dtype, sums in zip(dtypes, lanes, strict=True)]
 
 

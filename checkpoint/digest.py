@@ -2,8 +2,16 @@
 
 Every element contributes mix(its bits, its position in the whole tensor) to four sums modulo 2**32. Sums commute, so
 those of any pieces, on any devices, in any order, add up to the same 128 bits; name, shape and dtype are hashed in at
-the end. It tells a changed bit, a swap or a transposition from the original, by accident with probability 2**-128; it
-is no protection against somebody who searches for a collision. Bits are compared, not numbers: 0.0 is not -0.0.
+the end. Bits are compared, not numbers: 0.0 is not -0.0.
+
+One changed element always shows: for each position mix is a bijection. That several changes cancel has a probability
+near 2**-128 only if the four sums were those of random functions, which is not proven: seen is that two flips of the
+same bit, at random places of random numbers, cancel in one sum with 2**-31, for each of the 32 bits
+(`tests/checkpoint/test_digest.py`), which in four sums of different constants is 2**-124 if they are independent. It is
+no protection against somebody who searches for a collision; the files' SHA-256 is that.
+
+Version 1 mixed once less: two flipped signs cancelled in one sum with 2**-10 to 2**-14, in all four with 2**-47. A
+manifest says which version its digests have, and they are compared with digests of that version.
 """
 
 import functools
@@ -25,22 +33,23 @@ _LANES = (  # odd, so that each multiplication loses nothing: constants of xxHas
     (0x7FEB352D, 0x846CA68B, 0x21F0AAAD, 0x735A2D97),
     (0xCC9E2D51, 0x1B873593, 0xE6546B65, 0x4CF5AD43),
 )
+VERSION = 2
 _BLOCK = 2**20  # elements a call on the CPU: fits the caches, and outweighs the call
 _ROW = 2**16
 _HIGH_WORD = 2**63  # where the upper halves of 64-bit elements lie, counted in elements: behind every tensor
 
 
-def digest(name: str, array: np.ndarray | jax.Array) -> str:
+def digest(name: str, array: np.ndarray | jax.Array, version: int = VERSION) -> str:
     """Of a whole tensor, 32 hex digits. A sharded array is summed where its shards are, on any mesh, not gathered."""
-    return digests([(name, array)])[0]
+    return digests([(name, array)], version)[0]
 
 
-def digests(tensors: Sequence[tuple[str, np.ndarray | jax.Array]]) -> list[str]:
+def digests(tensors: Sequence[tuple[str, np.ndarray | jax.Array]], version: int = VERSION) -> list[str]:
     """Of several tensors with their names, as `digest`; all processes that hold parts of them call it alike.
 
     The processes exchange 16 bytes a tensor, once.
     """
-    parts = [_parts(x) for _, x in tensors]  # all devices work before any is waited for
+    parts = [_parts(x, version) for _, x in tensors]  # all devices work before any is waited for
     lanes = np.array([_total(map(np.asarray, p)) for p in parts], np.uint32)  # [tensors, 4]
     if jax.process_count() > 1 and lanes.size:
         from jax.experimental import multihost_utils
@@ -49,21 +58,21 @@ def digests(tensors: Sequence[tuple[str, np.ndarray | jax.Array]]) -> list[str]:
     return [finish(name, x.shape, x.dtype, row) for (name, x), row in zip(tensors, lanes, strict=True)]
 
 
-def _parts(x: np.ndarray | jax.Array) -> list[Any]:
+def _parts(x: np.ndarray | jax.Array, version: int) -> list[Any]:
     """Sums of the pieces of a tensor that this process counts: each piece is counted by one."""
     if jax.process_index() and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return []  # every process has it whole
     if not isinstance(x, jax.Array):
-        return [_partial(x, 0, _contiguous(x.shape))]
+        return [_partial(x, 0, _contiguous(x.shape), version)]
     strides, parts = _contiguous(x.shape), []
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
             starts = [part.indices(size)[0] for part, size in zip(shard.index, x.shape, strict=True)]
-            parts.append(_partial(shard.data, sum(a * b for a, b in zip(starts, strides)), strides))
+            parts.append(_partial(shard.data, sum(a * b for a, b in zip(starts, strides)), strides, version))
     return parts
 
 
-def partial(x: Any, offset: int = 0, strides: Sequence[int] | None = None) -> np.ndarray:
+def partial(x: Any, offset: int = 0, strides: Sequence[int] | None = None, version: int = VERSION) -> np.ndarray:
     """The four sums of a piece, uint32; add those of all pieces and give them to `finish`.
 
     Args:
@@ -71,8 +80,9 @@ def partial(x: Any, offset: int = 0, strides: Sequence[int] | None = None) -> np
         offset: position of its first element in the whole tensor, counted in elements.
         strides: how far apart in the whole tensor neighbours along each axis of the piece are, in elements;
             ``[1, rows]`` for a transposed matrix. By default the piece is a contiguous run.
+        version: of the digest (`Manifest.digest_version`).
     """
-    return np.asarray(_partial(x, offset, _contiguous(x.shape) if strides is None else tuple(strides)))
+    return np.asarray(_partial(x, offset, _contiguous(x.shape) if strides is None else tuple(strides), version))
 
 
 def finish(name: str, shape: Sequence[int], dtype: Any, lanes: np.ndarray) -> str:
@@ -89,36 +99,39 @@ def whole(digests: Mapping[str, str]) -> str:
 # ---- the sums ------------------------------------------------------------------------------------------------------
 
 
-def _partial(x: Any, offset: int, strides: tuple[int, ...]) -> np.ndarray | jax.Array:
+def _partial(x: Any, offset: int, strides: tuple[int, ...], version: int) -> np.ndarray | jax.Array:
     if x.size == 0:
         return np.zeros(4, np.uint32)
     if isinstance(x, jax.Array) and next(iter(x.devices())).platform != "cpu":
-        return _on_device(x, offset, strides)
+        return _on_device(x, offset, strides, version)
     words, strides = _words(np.asarray(x), strides)
     blocks = [*_blocks(words, offset, strides)]
     if len(blocks) == 1:
-        return np.asarray(_sums(*blocks[0]))
+        return np.asarray(_sums(*blocks[0], version))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA runs a reduction in one thread
-        return _total(pool.map(lambda block: np.asarray(_sums(*block)), blocks))
+        return _total(pool.map(lambda block: np.asarray(_sums(*block, version)), blocks))
 
 
 def _total(lanes: Iterable[np.ndarray], shape: tuple[int, ...] = (4,)) -> np.ndarray:
     return sum(lanes, np.zeros(shape, np.uint32))
 
 
-def _mix(x: jax.Array, lo: jax.Array, hi: jax.Array, lane: tuple[int, ...]) -> jax.Array:
+def _mix(x: jax.Array, lo: jax.Array, hi: jax.Array, lane: tuple[int, ...], version: int) -> jax.Array:
     """For a position a bijection of x, so that no single change is lost."""
     a, b, c, d = map(np.uint32, lane)
     h = lo * a + hi * b
     h = (h ^ (h >> 16)) * c
     h = (h ^ (h >> 13)) ^ x
+    if version > 1:
+        h = (h ^ (h >> 16)) * b
+        h = h ^ (h >> 13)
     h = h * d
     h = (h ^ (h >> 15)) * a
     return h ^ (h >> 16)
 
 
-@functools.partial(jax.jit, static_argnames="padded")
-def _sums(x: Any, rows: Any, columns: Any, size: Any, padded: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("padded", "version"))
+def _sums(x: Any, rows: Any, columns: Any, size: Any, padded: bool, version: int) -> jax.Array:
     """Over a matrix whose element [r, c] is at position rows[r] + columns[c]; a position is [low word, high word].
 
     With ``padded``, only the first size[0] rows and size[1] columns count.
@@ -126,7 +139,7 @@ def _sums(x: Any, rows: Any, columns: Any, size: Any, padded: bool) -> jax.Array
     x = x.astype(jnp.uint32)
     lo = rows[0][:, None] + columns[0]
     hi = rows[1][:, None] + columns[1] + (lo < columns[0]).astype(jnp.uint32)
-    mixed = [_mix(x, lo, hi, lane) for lane in _LANES]
+    mixed = [_mix(x, lo, hi, lane, version) for lane in _LANES]
     if padded:
         inside = (jnp.arange(x.shape[0], dtype=jnp.uint32) < size[0])[:, None]
         inside &= jnp.arange(x.shape[1], dtype=jnp.uint32) < size[1]
@@ -164,14 +177,14 @@ def _blocks(words: np.ndarray, offset: int, strides: tuple[int, ...]) -> Iterato
             yield block, _split(rows), _split(columns), size, padded
 
 
-def _on_device(x: jax.Array, offset: int, strides: tuple[int, ...]) -> jax.Array:
+def _on_device(x: jax.Array, offset: int, strides: tuple[int, ...], version: int = VERSION) -> jax.Array:
     """The sums of an array where it is, in one call."""
     x, strides = _words(x, strides)
     shape, steps = _merge(x.shape, strides)
     matrix = x.reshape(-1, shape[-1])
     rows = _positions(np.arange(matrix.shape[0]), shape[:-1], steps[:-1]) + _wrapped(offset)
     columns = np.arange(shape[-1], dtype=np.uint64) * _wrapped(steps[-1])
-    return _sums(matrix, _split(rows), _split(columns), np.array(matrix.shape, np.uint32), False)
+    return _sums(matrix, _split(rows), _split(columns), np.array(matrix.shape, np.uint32), False, version)
 
 
 def _words(x: Any, strides: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:

@@ -17,7 +17,9 @@ from typing import Any, Literal, get_args
 
 from errors import RunError, UserError
 
-VERSION = 3  # 2 had no digests of whole items and no kind "early"; 1 had no origin, no digests, and always data
+# 3 had digests of version 1; 2 had no digests of whole items and no kind "early"; 1 had no origin, no digests, and
+# always data.
+VERSION = 4
 FILE = "manifest.json"
 Kind = Literal["series", "early", "rolling"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -77,6 +79,8 @@ class Manifest:
     """Index of the parent."""
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     """Item -> `checkpoint.digest.whole` of the digests of its arrays; empty in old manifests."""
+    digest_version: int = 1
+    """Of the digests here (`checkpoint.digest.VERSION`); manifests of version 3 and before do not say it."""
     version: int = VERSION
 
     def __post_init__(self):

@@ -303,4 +303,4 @@ def _describe(manifest: Manifest, leaves: Mapping[str, Any], digests: Mapping[st
         for name, x in leaves.items()
     }
     wholes = {item: digest.whole(values) for item, values in digests.items() if values}
-    return dataclasses.replace(manifest, tensors=tensors, digests=wholes)
+    return dataclasses.replace(manifest, tensors=tensors, digests=wholes, digest_version=digest.VERSION)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from errors import UserError
 from layers import params
+from layers.attention import select
 from layers.model import ModelConfig
 from layers.region import Region
 from parallel import axes
@@ -41,28 +43,61 @@ def check_tokens(tokens: np.ndarray, model: ModelConfig) -> np.ndarray:
 
 
 def forward(
-    model: ModelConfig, weights: Any, tokens: np.ndarray, mesh: Mesh, region: Region, keep_layers: bool = False
+    model: ModelConfig,
+    weights: Any,
+    tokens: np.ndarray,
+    mesh: Mesh,
+    region: Region,
+    keep_layers: bool = False,
+    batch_tokens: int = 16384,
 ) -> dict[str, np.ndarray]:
-    """Run the model over whole sequences.
+    """Run the model over whole sequences, all results together: see `in_batches`.
+
+    Returns:
+        ``logits`` float32 [B, S, V]; with ``keep_layers`` also ``layers`` [L, B, S, D] and ``final`` [B, S, D].
+    """
+    parts = list(in_batches(model, weights, tokens, mesh, region, keep_layers, batch_tokens))
+    return {name: np.concatenate([p[name] for p in parts], axis=int(name == "layers")) for name in parts[0]}
+
+
+def in_batches(
+    model: ModelConfig,
+    weights: Any,
+    tokens: np.ndarray,
+    mesh: Mesh,
+    region: Region,
+    keep_layers: bool = False,
+    batch_tokens: int = 16384,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run the model over whole sequences, some rows at a time.
 
     Args:
         model: the architecture.
         weights: its parameters, placed on ``mesh`` (`layers.params.shardings`).
         tokens: int32 [B, S].
         mesh: where to run.
-        region: compute dtype and so on; the residual stream is sequence-sharded where S allows it.
-        keep_layers: also return the residual stream after every layer and after the final norm.
+        region: compute dtype and so on; the attention kernel is the best for the platform and length, and the residual
+            stream is sequence-sharded where S allows it.
+        keep_layers: also give the residual stream after every layer and after the final norm.
+        batch_tokens: positions in one batch, about; at least a row on each device.
 
-    Returns:
-        ``logits`` float32 [B, S, V]; with ``keep_layers`` also ``layers`` [L, B, S, D] and ``final`` [B, S, D].
+    Yields:
+        Of each batch in turn what `forward` returns of all rows.
     """
     tokens = check_tokens(tokens, model)
-    rows = len(tokens)
-    padded = np.pad(tokens, ((0, -rows % batch_ways(mesh)), (0, 0)))
-    sequence_sharded = tokens.shape[1] % mesh.shape[TENSOR] == 0
-    run = _compiled(model, mesh, region, sequence_sharded, keep_layers)
-    result = run(weights, jax.device_put(padded, axes.sharding(mesh, "batch", "position")))
-    return {k: np.asarray(v)[:, :rows] if k == "layers" else np.asarray(v)[:rows] for k, v in result.items()}
+    ways, length = batch_ways(mesh), tokens.shape[1]
+    platform, dtype = mesh.devices.flat[0].platform, region.compute_dtype
+    kernel = select("auto", platform=platform, dtype=dtype, head_dim=model.head_dim, length=length)
+    run = _compiled(
+        model, mesh, dataclasses.replace(region, attention=kernel), length % mesh.shape[TENSOR] == 0, keep_layers
+    )
+    size = min(max(1, batch_tokens // length), len(tokens))
+    size += -size % ways
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        rows, padded = len(part), np.pad(part, ((0, size - len(part)), (0, 0)))
+        result = run(weights, jax.device_put(padded, axes.sharding(mesh, "batch", "position")))
+        yield {k: np.asarray(v)[:, :rows] if k == "layers" else np.asarray(v)[:rows] for k, v in result.items()}
 
 
 @functools.lru_cache(maxsize=16)

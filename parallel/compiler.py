@@ -86,25 +86,29 @@ TPUS: Mapping[str, dict[str, Any]] = {
     "v5e": {},
     "v5p": {},
     "v6e": {},
+    "v7x": {},
 }
+#: What libtpu calls a generation, where that is not as Google's documentation does in topologies.
+_LIBTPU = {"v7x": "tpu7x"}
 
 
 def devices(topology: str) -> list[jax.Device]:
     """The devices of a slice that need not be there: good for a mesh to compile for, not to run on.
 
     Args:
-        topology: a TPU slice by its torus, as ``v5p:4x4x4``, or nodes times GPUs of each, as ``h100:4x8``.
+        topology: a TPU slice by its torus, as ``v5p:4x4x4``, several as ``2*v5e:16x16``, or nodes times GPUs of each,
+            as ``h100:4x8``.
 
     Raises:
         UserError: unknown name or shape, or the compiler is not installed.
     """
-    require(topology)
-    kind, _, shape = topology.partition(":")
+    slices, kind, shape = require(topology)
     try:
         if kind in TPUS:
             for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
                 os.environ.setdefault(name, ENVIRONMENT[name])
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **TPUS[kind])
+            name, more = f"{_LIBTPU.get(kind, kind)}:{shape}", {"num_slices": slices} if slices > 1 else {}
+            described = topologies.get_topology_desc(platform="tpu", topology_name=name, **TPUS[kind], **more)
         else:
             target = _target_config(GPUS[kind])
             described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{shape}")
@@ -113,13 +117,16 @@ def devices(topology: str) -> list[jax.Device]:
     return list(described.devices)
 
 
-def require(topology: str) -> None:
-    """Refuse a topology that no compiler here can be asked about.
+def require(topology: str) -> tuple[int, str, str]:
+    """Refuse a topology that no compiler here can be asked about; slices, kind and shape of one that can.
 
     Raises:
         UserError: unknown name or shape, or the compiler is not installed.
     """
-    kind, _, shape = topology.partition(":")
+    before, star, name = topology.rpartition("*")
+    kind, _, shape = name.partition(":")
+    if star and not (before.isdecimal() and int(before) and kind in TPUS):
+        raise UserError(f"topology {topology!r}: N*, a number of slices, is for TPUs and at least 1")
     if kind not in TPUS and kind not in GPUS:
         raise UserError(
             f"topology {topology!r}: no compiler for {kind!r}; there are {', '.join([*TPUS, *GPUS])}, as in v5p:4x4x4 "
@@ -132,6 +139,7 @@ def require(topology: str) -> None:
         raise UserError(
             f"topology: the compiler for {kind} is not installed ({module} is missing); pip install -e '.[{extra}]'"
         )
+    return int(before or 1), kind, shape
 
 
 def missing(kind: str) -> str | None:

@@ -51,6 +51,9 @@ TIE = 0.01
 #: the MLP's, this device's part. Fitted, as the two lines below, to 79 programs of both 7B models that libtpu 0.0.42
 #: compiled for v4, v5e, v5p and v6e: the median error of all memory is 2.4 %, 77 are from 5 % below to 14 % above.
 WORK_STREAMS, WORK_MLP = 5.0, 5.5
+#: More streams where a layer is run again from its input, and where it adds biases. Fitted to 38 programs of 2026-12-01
+#: (`bench/results/plans.json`), of which those with 9 rows a device showed it.
+WORK_AGAIN, WORK_BIASES = 3.0, 6.0
 #: Kept by a layer that keeps everything, besides two whole rows: parts of streams, of heads and of the MLP.
 KEPT_STREAMS, KEPT_HEADS, KEPT_MLP = 6.0, 4.0, 6.5
 #: Copies of a chunk of logits, float32.
@@ -529,12 +532,14 @@ def _in_layer(s: _Shape) -> Iterator[Line]:
 def _at_work(s: _Shape) -> Iterator[Line]:
     """What a layer makes on its way and gives up again."""
     w, n, c, t = s.workload, s.tokens, s.number, s.ways
-    numbers = n * (WORK_STREAMS * w.embed + WORK_MLP * w.mlp / t)
+    streams = WORK_STREAMS + (WORK_AGAIN if s.plan.remat in ("full", "offload") else 0.0)
+    streams += WORK_BIASES if any(weight.logical == ("layers", "mlp") for weight in w.weights) else 0.0
+    numbers = n * (streams * w.embed + WORK_MLP * w.mlp / t)
     yield Line(
         "layer at work",
         c * numbers,
         "{} tokens x ({} x {} + {} x {} / {}) x {} B",
-        (n, WORK_STREAMS, w.embed, WORK_MLP, w.mlp, t, c),
+        (n, streams, w.embed, WORK_MLP, w.mlp, t, c),
     )
     if w.quadratic_attention:
         scores = n * w.sequence_length * w.num_heads / t

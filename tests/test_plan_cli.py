@@ -52,7 +52,6 @@ def test_a_mesh_that_is_given_is_kept_to(capsys):
             "no mesh divides the model, or the batch of 2 has too few rows.*larger batch",
         ),
         (["amber_tiny", "--topology", "cpu:8", "--verify"], "no compiler is asked for simulated devices"),
-        (["amber_tiny", "--topology", "2*v5e:2x2", "--verify"], "no compiler is asked for several slices"),
         (["amber_tiny", "--topology", "cpu:8", "--top", "0"], "--top 0: must be positive"),
         (["amber_tiny", "--topology", "cpu:8", "--timeout-s", "nan"], "--timeout-s nan: must be positive"),
         (["amber_tiny", "--topology", "cpu:8", "--cache", "run.py"], "--cache run.py: is a file"),

@@ -64,12 +64,14 @@ def target(topology: Topology) -> str:
     """The name of a topology for `compiler.devices`: the chips and their shape, whatever their network.
 
     Raises:
-        UserError: several slices, or a CPU, for which there is nothing to ask; or the compiler is not installed.
+        UserError: a CPU, for which there is nothing to ask; or the compiler is not installed.
     """
-    if topology.slices > 1 or topology.chip.platform == "cpu":
-        what = "several slices" if topology.slices > 1 else "simulated devices"
-        raise UserError(f"plan --verify: {topology}: no compiler is asked for {what}; name one slice of an accelerator")
-    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    if topology.chip.platform == "cpu":
+        raise UserError(
+            f"plan --verify: {topology}: no compiler is asked for simulated devices; name slices of an accelerator"
+        )
+    slices = f"{topology.slices}*" if topology.slices > 1 else ""
+    name = f"{slices}{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     compiler.require(name)
     return name
 

@@ -299,10 +299,11 @@ class Replayer:
         for item in [item for item in deviations if entry.has(item)]:
             theirs, ours = flat(nest(self._stored(entry, program, item))), flat(nest(getattr(state, item)))
             names = list(theirs)
-            on_disk = digest.digests([(name, theirs[name]) for name in names])
+            version = entry.manifest.digest_version
+            on_disk = digest.digests([(name, theirs[name]) for name in names], version)
             said = [entry.manifest.tensors[f"{item}/{name}"].get("digest") for name in names]
             false += [f"{item}/{n}" for n, d, s in zip(names, on_disk, said, strict=True) if s is not None and s != d]
-            if on_disk == digest.digests([(name, ours[name]) for name in names]):
+            if on_disk == digest.digests([(name, ours[name]) for name in names], version):
                 continue
             bitwise = False
             compare = _deviation if item == "params" else _relative

@@ -21,7 +21,7 @@ def change_one_weight(entry: Entry, name: str, by: float, with_digests: bool = T
     tensors, digests = {n: dict(t) for n, t in manifest.tensors.items()}, dict(manifest.digests)
     if with_digests:
         array = Tensors(entry, verify=False)[name][...]
-        tensors[f"params/{name}"]["digest"] = digest.digest(name, array)
+        tensors[f"params/{name}"]["digest"] = digest.digest(name, array, manifest.digest_version)
         all_of = {n.partition("/")[2]: t["digest"] for n, t in tensors.items() if n.startswith("params/")}
         digests["params"] = digest.whole(all_of)
     changed = dataclasses.replace(manifest, tensors=tensors, digests=digests, files=hashes)

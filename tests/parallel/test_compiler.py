@@ -12,6 +12,7 @@ from parallel.compiler import Report, Request
 from parallel.hlo import Traffic
 from parallel.mesh import MeshConfig
 from parallel.plan import Plan
+from parallel.topology import Topology
 
 needs_libtpu = pytest.mark.skipif(compiler.missing("v5e") is not None, reason="libtpu is not installed")
 needs_cuda = pytest.mark.skipif(compiler.missing("h100") is not None, reason="the CUDA plugin is not installed")
@@ -189,10 +190,27 @@ def test_says_what_to_install(monkeypatch, name, module, extra):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("name", "number"), [("v4:2x2x2", 8), ("v5e:2x4", 8), ("v5p:2x2x2", 8), ("v6e:16x16", 256), ("v5p:8x8x8", 512)]
+    ("name", "number"),
+    [
+        ("v4:2x2x2", 8),
+        ("v5e:2x4", 8),
+        ("v5p:2x2x2", 8),
+        ("v6e:16x16", 256),
+        ("v5p:8x8x8", 512),
+        ("2*v5e:4x4", 32),
+        ("v7x:2x2x1", 8),
+    ],
 )
 def test_tpu_slices(name, number):
     assert [d.platform for d in compiler.devices(name)] == ["tpu"] * number
+
+
+@needs_libtpu
+def test_several_slices_are_told_apart_and_their_network_too():
+    there = compiler.devices("2*v5e:2x4")
+    assert [d.slice_index for d in there] == [0] * 8 + [1] * 8
+    assert Topology.of(there) == Topology.parse("2*v5e:2x4")
+    assert Topology.of(compiler.devices("v7x:2x2x1")) == Topology.parse("v7x:2x2x1")
 
 
 @needs_libtpu
