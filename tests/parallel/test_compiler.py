@@ -167,7 +167,7 @@ def test_reads_refusals():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v7:4x4", "no compiler for 'v7'; there are v4, v5e, v5p, v6e, a100, h100, h200"),
+        ("v7:4x4", "no compiler for 'v7'; there are v4, v5e, v5p, v6e, v7x, a100, h100, h200"),
         ("v5e", "'' is not a shape"),
         ("h100:4x4x4", "'4x4x4' is not a shape"),
         ("v5p:4x", "'4x' is not a shape"),
