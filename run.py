@@ -100,11 +100,13 @@ def _flags(verb: str, command: Any, words: list[str]) -> Any:
 
 def _recipe(verb: str, words: list[str]) -> tuple[Any, list[str]]:
     """The config of the recipe that the first word names, and the other words."""
-    from models import recipes
+    from models import recipe_in_file, recipes
 
-    known = ", ".join(RECIPES)
+    known = ", ".join([*RECIPES, "FILE.py:FUNCTION"])
     if words and not words[0].startswith("-"):
         name, words = words[0], words[1:]
+        if ".py:" in name:
+            return recipe_in_file(name), words
         if name not in RECIPES:
             raise UserError(f"unknown recipe {name!r}{_nearest(name, RECIPES)}; recipes are {known}")
     elif any(word in ("-h", "--help") for word in words):
@@ -140,7 +142,7 @@ def _overview() -> str:
         path = Path(__file__).resolve().parent / "commands" / f"{_module(verb)}.py"
         what = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
         lines.append(f"  {f'{verb} {first}':18} {what}")
-    return "\n".join([*lines, "", "recipes: " + ", ".join(RECIPES)])
+    return "\n".join([*lines, "", "recipes: " + ", ".join(RECIPES) + ", or FILE.py:FUNCTION of your own"])
 
 
 if __name__ == "__main__":
