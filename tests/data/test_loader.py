@@ -372,3 +372,9 @@ def test_synthetic_data_of_several_phases(mixed):
         dataclasses.replace(mixed, phases=PHASES[1:])
     with pytest.raises(UserError, match="phases = 0: at least 1"):
         dataclasses.replace(mixed, phases=())
+
+
+def test_a_process_that_holds_nothing_but_padding_gets_batches_of_no_rows(data):
+    schedule = Schedule(data.phases, chunk_steps(data), B)
+    found = list(local_batches(data, schedule, [], start_step=1, stop_step=4))
+    assert [(s.inputs.shape, s.weights.dtype) for s in found] == [((0, data.sequence_length), np.float32)] * 3
