@@ -27,17 +27,17 @@ def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
         name: value for found in (config, rope) for name, value in found.items() if name == "rope_theta" and value
     }
     fixed = {
-        "num_key_value_heads": (heads, heads),  # no grouped heads
         "hidden_act": ("silu", "silu"),
-        "rope_scaling": (None, None),
         "attention_bias": (False, False),
         "mlp_bias": (False, False),
-        "tie_word_embeddings": (False, False),
         "head_dim": (embed // heads, embed // heads),
         "quantization_config": (None, None),
     }
     require(config, fixed, "Amber")
-    require(rope, {"rope_type": ("default", "default")}, "Amber")
+    kv_heads = number(config, "num_key_value_heads", int) if config.get("num_key_value_heads") else heads
+    tied = config.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json: tie_word_embeddings is {tied!r}, expected true or false")
     padding = config.get("pad_token_id")
     if padding is not None and (not isinstance(padding, int) or isinstance(padding, bool)):
         raise UserError(f"config.json: pad_token_id is {padding!r}, expected an id or null")
@@ -53,7 +53,27 @@ def config_from_hf(config: Mapping[str, Any]) -> AmberConfig:
         rope_base=number(base, "rope_theta", float),
         init_std=number(config, "initializer_range", float),
         padding_id=None if padding == -1 else padding,  # early Llama configs write -1 for none
+        num_kv_heads=None if kv_heads == heads else kv_heads,
+        tied_embeddings=tied,
+        **_scaling(config.get("rope_scaling") or rope),
     )
+
+
+def _scaling(rope: Any) -> dict[str, Any]:
+    """Fields of Llama 3's rotary scaling from what says how positions are scaled; none where nothing is."""
+    if not isinstance(rope, Mapping):
+        raise UserError(f"config.json: rope_scaling is {rope!r}, expected a mapping or null")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind != "llama3":
+        raise UserError(f"config.json: rope_scaling is {dict(rope)!r}, and Amber has none or that of type 'llama3'")
+    return {
+        "rope_factor": number(rope, "factor", float),
+        "rope_low_freq_factor": number(rope, "low_freq_factor", float),
+        "rope_high_freq_factor": number(rope, "high_freq_factor", float),
+        "rope_original_context": number(rope, "original_max_position_embeddings", int),
+    }
 
 
 def config_to_hf(config: AmberConfig) -> dict[str, Any]:
@@ -71,16 +91,23 @@ def config_to_hf(config: AmberConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
         "hidden_act": "silu",
         "max_position_embeddings": config.context_length,
         "max_sequence_length": config.context_length,
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
-        "rope_scaling": None,
+        "rope_scaling": config.rope_factor
+        and {
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_context,
+        },
         "attention_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied_embeddings,
         "pad_token_id": config.padding_id,
         "use_cache": True,
     }
@@ -89,12 +116,12 @@ def config_to_hf(config: AmberConfig) -> dict[str, Any]:
 def tensors(config: AmberConfig) -> tuple[Mapped, ...]:
     """See `Format.tensors`."""
     c, width = config, config.attention_width
-    heads, embed, inner = (c.num_heads, c.head_dim), (c.embed,), (c.mlp,)
+    heads, fewer, embed, inner = (c.num_heads, c.head_dim), (c.kv_heads, c.head_dim), (c.embed,), (c.mlp,)
     layer = [  # theirs, its shape, ours, shape of ours
         ("input_layernorm", embed, "attention_norm.scale", embed),
         ("self_attn.q_proj", (width, c.embed), "attention.wq", embed + heads),
-        ("self_attn.k_proj", (width, c.embed), "attention.wk", embed + heads),
-        ("self_attn.v_proj", (width, c.embed), "attention.wv", embed + heads),
+        ("self_attn.k_proj", (c.kv_width, c.embed), "attention.wk", embed + fewer),
+        ("self_attn.v_proj", (c.kv_width, c.embed), "attention.wv", embed + fewer),
         ("self_attn.o_proj", (c.embed, width), "attention.wo", heads + embed),
         ("post_attention_layernorm", embed, "mlp_norm.scale", embed),
         ("mlp.gate_proj", (c.mlp, c.embed), "mlp.gate", embed + inner),
@@ -102,6 +129,7 @@ def tensors(config: AmberConfig) -> tuple[Mapped, ...]:
         ("mlp.down_proj", (c.embed, c.mlp), "mlp.down", inner + embed),
     ]
     vocabulary = (c.vocab_size, c.embed)
+    head = Mapped("lm_head.weight", vocabulary, ("head.kernel",), vocabulary[::-1], transposed=True)
     return (
         Mapped("model.embed_tokens.weight", vocabulary, ("embedding.table",), vocabulary),
         *(
@@ -110,7 +138,7 @@ def tensors(config: AmberConfig) -> tuple[Mapped, ...]:
             for theirs, shape, ours, part in layer
         ),
         Mapped("model.norm.weight", embed, ("norm.scale",), embed),
-        Mapped("lm_head.weight", vocabulary, ("head.kernel",), vocabulary[::-1], transposed=True),
+        *(() if c.tied_embeddings else (head,)),
     )
 
 
@@ -120,6 +148,6 @@ FORMAT = Format(
     config_to_hf,
     tensors,
     dropped=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-    tied={},
+    tied={"lm_head.weight": "model.embed_tokens.weight"},  # where a config says so; else both are in the table
     reference=reference.logits,
 )

@@ -15,17 +15,22 @@ from layers.region import Region
 
 
 class Attention(nnx.Module):
-    """Causal multi-head attention with rotary positions over all head dimensions; no biases."""
+    """Causal attention with rotary positions over all head dimensions; no biases. Of grouped keys and values each head
+    serves several heads of queries, one after the other, as in Llama 2 and 3; the cache holds them repeated.
+    """
 
     def __init__(self, config: AmberConfig, key: jax.Array):
         init = jax.nn.initializers.normal(config.init_std)
         shape = (config.embed, config.num_heads, config.head_dim)
         q, k, v, o = jax.random.split(key, 4)
         self.wq = param(init, q, shape, ("embed", "heads", "head_dim"))
-        self.wk = param(init, k, shape, ("embed", "heads", "head_dim"))
-        self.wv = param(init, v, shape, ("embed", "heads", "head_dim"))
+        grouped = config.kv_heads < config.num_heads
+        fewer = (config.embed, config.kv_heads, config.head_dim)
+        self.wk = param(init, k, fewer, ("embed", "kv_heads" if grouped else "heads", "head_dim"))
+        self.wv = param(init, v, fewer, ("embed", "kv_heads" if grouped else "heads", "head_dim"))
         self.wo = param(init, o, (*shape[1:], config.embed), ("heads", "head_dim", "embed"))
-        self.rope_base = config.rope_base
+        self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
+        self.group = config.num_heads // config.kv_heads
 
     def __call__(
         self, x: jax.Array, region: Region, cache: Cache | None, reach: Slots | Documents | None
@@ -34,8 +39,9 @@ class Attention(nnx.Module):
         x = region.enter(x)  # [B, S, D]
         q, k, v = (jnp.einsum("bsd,dhk->bshk", x, w[...]) for w in (self.wq, self.wk, self.wv))
         width = q.shape[3]
-        cos, sin = rotary.angles(attention.positions(q.shape[1], reach), width, self.rope_base)
+        cos, sin = rotary.angles(attention.positions(q.shape[1], reach), width, self.rope_base, self.rope_scaling)
         q, k = rotary.rotate_half(q, cos, sin), rotary.rotate_half(k, cos, sin)
+        k, v = (attention.repeat_heads(x, q.shape[2], self.group) for x in (k, v))
         out, cache = attention.causal(q, k, v, width**-0.5, region.attention, cache, reach)
         return region.leave(jnp.einsum("bshk,hkd->bsd", out, self.wo[...])), cache
 
@@ -59,5 +65,7 @@ def build(config: AmberConfig, key: jax.Array) -> Decoder:
         vocabulary.Embedding(config.vocab_size, config.embed, init, embedding, config.padding_id, multiplier=1.0),
         stack.stack(lambda k: block(config, k), config.num_layers, layers),
         RMSNorm(config.embed, config.norm_eps, norm),
-        vocabulary.Head(config.embed, config.vocab_size, init, head),
+        vocabulary.TiedHead(1.0)
+        if config.tied_embeddings
+        else vocabulary.Head(config.embed, config.vocab_size, init, head),
     )

@@ -36,11 +36,13 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
         return x @ tensor(f"{name}.weight", outputs, inputs).T
 
     def attention(x: np.ndarray, name: str) -> np.ndarray:
+        widths = {"q": heads, "k": kv_heads, "v": kv_heads}
         q, k, v = (
-            linear(x, f"{name}.{part}_proj", embed, embed).reshape(*tokens.shape, heads, -1).swapaxes(1, 2)
-            for part in "qkv"
+            linear(x, f"{name}.{part}_proj", embed, n * embed // heads).reshape(*tokens.shape, n, -1).swapaxes(1, 2)
+            for part, n in widths.items()
         )  # [B, H, S, K]
-        scores = _rotate(q, base) @ _rotate(k, base).swapaxes(2, 3) / q.shape[3] ** 0.5
+        k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
+        scores = _rotate(q, base, scaling) @ _rotate(k, base, scaling).swapaxes(2, 3) / q.shape[3] ** 0.5
         out = causal_softmax(scores) @ v
         return linear(out.swapaxes(1, 2).reshape(x.shape), f"{name}.o_proj", embed, embed)
 
@@ -50,7 +52,8 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
         return linear(gate, f"{name}.down_proj", inner, embed)
 
     vocab, embed, heads = config["vocab_size"], config["hidden_size"], config["num_attention_heads"]
-    inner = config["intermediate_size"]
+    inner, kv_heads = config["intermediate_size"], config.get("num_key_value_heads") or heads
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     # Where transformers 5 writes it; where 4 does; and what it was before it could be written.
     base = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
     x = tensor("model.embed_tokens.weight", vocab, embed)[tokens]  # [B, S, D]
@@ -58,12 +61,25 @@ def logits(config: Mapping[str, Any], read: Callable[[str], np.ndarray], tokens:
         layer = f"model.layers.{n}"
         x += attention(norm(x, f"{layer}.input_layernorm"), f"{layer}.self_attn")
         x += mlp(norm(x, f"{layer}.post_attention_layernorm"), f"{layer}.mlp")
-    return linear(norm(x, "model.norm"), "lm_head", embed, vocab)
+    last = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
+    return linear(norm(x, "model.norm"), last, embed, vocab)
 
 
-def _rotate(x: np.ndarray, base: float) -> np.ndarray:
+def _rotate(x: np.ndarray, base: float, scaling: Mapping[str, Any]) -> np.ndarray:
     """Half-split rotary, angles in float32 as there: dimension i of a head turns with dimension i + K/2."""
     positions, width = np.arange(x.shape[2], dtype=np.float32), x.shape[3]
-    angle = np.outer(positions, 1 / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / width))  # [S, K/2]
+    frequencies = 1 / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / width)
+    if scaling.get("rope_type", scaling.get("type")) == "llama3":
+        context, low, high = (
+            scaling[n] for n in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        )
+        for n, frequency in enumerate(frequencies):  # said as in the paper's code, wave by wave
+            wave = 2 * np.pi / frequency
+            if wave > context / low:
+                frequencies[n] = frequency / scaling["factor"]
+            elif wave > context / high:
+                share = (context / wave - low) / (high - low)
+                frequencies[n] = (1 - share) * frequency / scaling["factor"] + share * frequency
+    angle = np.outer(positions, frequencies)  # [S, K/2]
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)

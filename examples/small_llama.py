@@ -1,4 +1,4 @@
-"""A recipe of one's own: a LLaMA of 1.2 billion parameters that reads 8,192 tokens.
+"""A recipe of one's own: a LLaMA of 1.1 billion parameters with grouped heads that reads 8,192 tokens.
 
 python run.py plan examples/small_llama.py:small_llama --topology v5e:4x4
 python run.py prepare examples/small_llama.py:small_llama --source text=FOLDER --out DATA
@@ -17,8 +17,8 @@ def small_llama() -> RunConfig:
     return dataclasses.replace(
         base,
         model=dataclasses.replace(
-            base.model, context_length=8192, num_layers=16, embed=2048, num_heads=16, head_dim=128, mlp=8192,
-            rope_base=500_000.0,
+            base.model, context_length=8192, num_layers=16, embed=2048, num_heads=16, num_kv_heads=8, head_dim=128,
+            mlp=8192, rope_base=500_000.0,
         ),
         data=dataclasses.replace(
             base.data, global_batch=128, sequence_length=8192, chunks=None, samples_per_chunk=None,

@@ -233,7 +233,8 @@ def _copy(
 ) -> None:
     """Read every tensor once, in the order of the table, and write ours. Raises UserError where one is not finite."""
     progress = Progress(sum(folder.tensors[row.theirs].nbytes for row in table), log)
-    ties = {like: name for name, like in form.tied.items() if name in folder.tensors}
+    own = {row.theirs for row in table}
+    ties = {like: name for name, like in form.tied.items() if name in folder.tensors and name not in own}
     writing = threading.Lock()
 
     def one(row: Mapped) -> None:

@@ -90,7 +90,7 @@ class Format:
             shapes: of all tensors that are there, by their name.
         """
         expected = {t.theirs: t.shape for t in table}
-        optional = {name: expected[like] for name, like in self.tied.items()}
+        optional = {name: expected[like] for name, like in self.tied.items() if name not in expected}
         problems = [f"{name!r} is missing, expected {list(s)}" for name, s in expected.items() if name not in shapes]
         for name, shape in shapes.items():
             wanted = expected.get(name, optional.get(name))

@@ -12,6 +12,8 @@ from jax import lax
 
 from errors import UserError
 from layers import cudnn, flash, splash
+from parallel.axes import TENSOR
+from parallel.collectives import axis_index
 
 #: Added nowhere, only written over masked scores. Finite, so that a fully masked row gives no NaN.
 _MASKED = -1e30
@@ -148,6 +150,25 @@ def positions(length: int, reach: Slots | Documents | None) -> jax.Array:
     for rotary scores depend on differences alone.
     """
     return reach.positions(length) if isinstance(reach, Slots) else jnp.arange(length)[None]
+
+
+def repeat_heads(x: jax.Array, heads: int, group: int) -> jax.Array:
+    """Keys or values [B, S, KV, K] for each of this device's query heads: [B, S, heads, K].
+
+    Where ``tensor`` divides the heads of keys and values, this device has those of its own query heads; else it has all
+    of the model (`layers.params`), and takes those that its query heads need.
+
+    Args:
+        x: keys or values.
+        heads: query heads of this device.
+        group: query heads that share a head of keys and values.
+    """
+    if group == 1:
+        return x
+    if x.shape[2] * group == heads:
+        return jnp.repeat(x, group, axis=2)
+    mine = axis_index(TENSOR) * heads + jnp.arange(heads)
+    return jnp.take(x, mine // group, axis=2)
 
 
 def causal(

@@ -65,9 +65,14 @@ class ModelConfig(abc.ABC):
         return self.num_heads * self.head_dim
 
     @property
+    def kv_width(self) -> int:
+        """Heads of keys and values times head width: `attention_width`, but for grouped-query attention."""
+        return self.attention_width
+
+    @property
     def matmul_parameters(self) -> int:
         """Parameters that multiply every token: the matrices of attention, MLP and head, a tied one too."""
-        per_layer = 4 * self.embed * self.attention_width + 3 * self.embed * self.mlp
+        per_layer = 2 * self.embed * (self.attention_width + self.kv_width) + 3 * self.embed * self.mlp
         return self.num_layers * per_layer + self.embed * self.vocab_size
 
     @functools.cached_property

@@ -45,10 +45,7 @@ def _is_param(x: Any) -> bool:
 
 def stored_axes(p: nnx.Variable, degrees: Mapping[str, int]) -> tuple[str, ...]:
     """The logical axes by which a parameter is stored on a mesh of these degrees (see the top of this file)."""
-    axes = _axes(p)
-    if _uneven(p, degrees[TENSOR]) is None:
-        return axes
-    return tuple({"mlp": "whole_mlp", "embed": "spread_embed"}.get(a, a) for a in axes)
+    return mesh_axes.stored(_axes(p), p.shape, degrees[TENSOR])
 
 
 def _uneven(p: nnx.Variable, degree: int) -> int | None:

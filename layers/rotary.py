@@ -4,18 +4,27 @@ import jax
 import jax.numpy as jnp
 
 
-def angles(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+def angles(
+    positions: jax.Array, width: int, base: float, scaling: tuple[float, float, float, float] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin of ``position * base^(-2i/width)``, i = 0 .. width/2 - 1, in float32.
 
     Args:
         positions: [B or 1, S] integers.
         width: number of head dimensions that rotate; even.
         base: 10000 in both models (fact sheet 1.1).
+        scaling: (factor, low, high, context) of Llama 3.1: a wave that is longer than context/low turns ``factor``
+            times slower, one shorter than context/high as ever, and what is between is interpolated by context/wave.
 
     Returns:
         Two float32 arrays [B or 1, S, 1, width/2], to be used for all heads.
     """
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if scaling is not None:
+        factor, low, high, context = scaling
+        waves = context * frequencies / (2 * jnp.pi)  # of a context
+        kept = jnp.clip((waves - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angle = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 

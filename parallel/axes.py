@@ -33,6 +33,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "layers": PIPELINE,
     "vocab": TENSOR,
     "heads": TENSOR,
+    "kv_heads": TENSOR,  # of grouped-query attention
+    "whole_kv_heads": None,  # the same where ``tensor`` does not divide them: every device has all
     "mlp": TENSOR,
     "embed": FSDP,
     "head_dim": None,
@@ -53,6 +55,21 @@ def mesh_axes_of(logical: str) -> tuple[str, ...]:
         raise KeyError(f"axes: no rule for logical axis {logical!r}; add it to parallel/axes.py RULES")
     rule = RULES[logical]
     return () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
+
+
+def stored(logical: Sequence[str], shape: Sequence[int], tensor: int) -> tuple[str, ...]:
+    """The logical axes by which a weight is stored where ``tensor`` has this degree: see `layers.params`.
+
+    An MLP width that it does not divide is whole, and the other dimension spread over it; heads of keys and values that
+    it does not divide are on every device.
+    """
+    uneven = {name for name, size in zip(logical, shape, strict=True) if size % tensor}
+    swap: dict[str, str] = {}
+    if "mlp" in uneven:
+        swap |= {"mlp": "whole_mlp", "embed": "spread_embed"}
+    if "kv_heads" in uneven:
+        swap |= {"kv_heads": "whole_kv_heads"}
+    return tuple(swap.get(name, name) for name in logical)
 
 
 def spec(mesh: "Mesh", *logical: str) -> "PartitionSpec":

@@ -81,10 +81,8 @@ class Weight:
         return math.prod(self.shape)
 
     def stored(self, tensor: int) -> tuple[str, ...]:
-        """Logical axes by which it is stored where ``tensor`` has this degree (as `layers.params.stored_axes`)."""
-        uneven = any(name == "mlp" and n % tensor for n, name in zip(self.shape, self.logical))
-        swap = {"mlp": "whole_mlp", "embed": "spread_embed"} if uneven else {}
-        return tuple(swap.get(name, name) for name in self.logical)
+        """Logical axes by which it is stored where ``tensor`` has this degree."""
+        return axes.stored(self.logical, self.shape, tensor)
 
     def part(self, degrees: Mapping[str, int]) -> int:
         """Parameters of it on one device."""

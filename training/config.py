@@ -573,8 +573,13 @@ class Family(NamedTuple):
 
 
 def model_to_dict(model: ModelConfig) -> dict[str, Any]:
-    """Its fields and its family: ``model`` in a run's ``config.json``."""
-    return {"family": model.family, **dataclasses.asdict(model)}
+    """Its fields and its family: ``model`` in a run's ``config.json``.
+
+    Those at their default are left out: so runs of before a field was added, and their hashes, stay what they are.
+    """
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    defaults = {f.name: f.default for f in dataclasses.fields(model)}
+    return {"family": model.family, **{k: v for k, v in fields.items() if v != defaults[k]}}
 
 
 def model_from_dict(value: Any, families: Mapping[str, Family]) -> ModelConfig:
@@ -625,10 +630,11 @@ def _build(cls: Any, value: Any, where: str) -> Any:
         raise UserError(f"config: {where} is {type(value).__name__}, expected fields {sorted(names)}")
     if unknown := sorted(set(value) - set(names)):
         raise UserError(f"config: {where} has unknown fields {unknown}; if newer code wrote it, update this")
-    if missing := sorted(set(names) - set(value)):
+    added = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    if missing := sorted(set(names) - set(value) - (added if issubclass(cls, ModelConfig) else set())):
         raise UserError(f"config: {where} lacks {missing}")
     arguments = {}
-    for name in names:
+    for name in [name for name in names if name in value]:
         item, hint = value[name], hints[name]
         of = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
         if dataclasses.is_dataclass(hint) and not isinstance(item, (ModelConfig, OptimizerConfig)):
