@@ -55,7 +55,7 @@ def test_truncated(full):
 def test_a_newer_version_is_the_users_to_solve(full, tmp_path):
     body = dataclasses.asdict(full) | {"version": 99, "digest": "of the future"}
     (tmp_path / "manifest.json").write_text(sealed(**body))
-    with pytest.raises(UserError, match="version 99, but this code reads up to 3; update the code"):
+    with pytest.raises(UserError, match="version 99, but this code reads up to 4; update the code"):
         manifest.read(tmp_path)
 
 
