@@ -25,6 +25,16 @@ def batch_ways(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[a] for a in axes.BATCH_AXES]))
 
 
+def for_rows(region: Region, model: ModelConfig, mesh: Mesh, length: int) -> Region:
+    """The region for whole rows of a length without gradients: the best attention kernel there, and the residual stream
+    sharded along the sequence where ``tensor`` divides it.
+    """
+    platform, dtype = mesh.devices.flat[0].platform, region.compute_dtype
+    kernel = select("auto", platform=platform, dtype=dtype, head_dim=model.head_dim, length=length)
+    sharded = length % mesh.shape[TENSOR] == 0
+    return dataclasses.replace(region, attention=kernel, sequence_sharded=sharded, remat="none")
+
+
 def check_tokens(tokens: np.ndarray, model: ModelConfig) -> np.ndarray:
     """Token ids as int32 [B, S].
 
@@ -86,11 +96,7 @@ def in_batches(
     """
     tokens = check_tokens(tokens, model)
     ways, length = batch_ways(mesh), tokens.shape[1]
-    platform, dtype = mesh.devices.flat[0].platform, region.compute_dtype
-    kernel = select("auto", platform=platform, dtype=dtype, head_dim=model.head_dim, length=length)
-    run = _compiled(
-        model, mesh, dataclasses.replace(region, attention=kernel), length % mesh.shape[TENSOR] == 0, keep_layers
-    )
+    run = _compiled(model, mesh, for_rows(region, model, mesh, length), keep_layers)
     size = min(max(1, batch_tokens // length), len(tokens))
     size += -size % ways
     for start in range(0, len(tokens), size):
@@ -101,10 +107,9 @@ def in_batches(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model: ModelConfig, mesh: Mesh, region: Region, sequence_sharded: bool, keep_layers: bool) -> Any:
-    region = dataclasses.replace(region, sequence_sharded=sequence_sharded, remat="none")
+def _compiled(model: ModelConfig, mesh: Mesh, region: Region, keep_layers: bool) -> Any:
     graphdef = model.graphdef()
-    stream = "sequence" if sequence_sharded else "position"
+    stream = "sequence" if region.sequence_sharded else "position"
 
     def body(weights: Any, tokens: jax.Array) -> dict[str, jax.Array]:
         net = region.prepare(nnx.merge(graphdef, weights))

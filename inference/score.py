@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 
 from errors import RunError, UserError
 from inference.batches import batches
-from inference.forward import batch_ways
+from inference.forward import batch_ways, for_rows
 from layers import params
-from layers.attention import select
 from layers.model import ModelConfig
 from layers.region import Region
 from parallel import axes
@@ -86,16 +85,11 @@ def score(
 
 
 def _fitting(region: Region, model: ModelConfig, mesh: Mesh, rows: int, width: int) -> Region:
-    dtype, platform = region.compute_dtype, mesh.devices.flat[0].platform
-    kernel = select("auto", platform=platform, dtype=dtype, head_dim=model.head_dim, length=width)
     bytes_ = rows // batch_ways(mesh) * width * model.vocab_size // mesh.shape[TENSOR] * 4
     pieces = 1
     while bytes_ // pieces > _LOGITS_BYTES and width % (2 * pieces) == 0:
         pieces *= 2
-    sharded = width % mesh.shape[TENSOR] == 0
-    return dataclasses.replace(
-        region, attention=kernel, loss_chunks=pieces, sequence_sharded=sharded, remat="none", document_end=None
-    )
+    return dataclasses.replace(for_rows(region, model, mesh, width), loss_chunks=pieces, document_end=None)
 
 
 @functools.lru_cache(maxsize=64)

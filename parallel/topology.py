@@ -64,7 +64,7 @@ _TPU = (
 )
 _GPU = (
     "NVIDIA {0} data sheet, SXM: dense FLOP/s without sparsity (float32: CUDA cores), half of NVLink's and PCIe's sum "
-    "of both directions; memory and its bandwidth: openxla/xla gpu/target_config/specs/{1}.txtpb, of the memory 0.92 "
+    "of both directions; memory and its bandwidth: {1}, of the memory 0.92 "
     "(XLA_PYTHON_CLIENT_MEM_FRACTION=.92; by itself JAX takes .75); network: DGX {2}, one 2-port adapter per GPU"
 )
 _TPU7X = (
@@ -75,11 +75,11 @@ _TPU7X = (
 _GPU_PCIE = (
     "NVIDIA {0} PCIe data sheet: dense FLOP/s without sparsity (float32: CUDA cores), memory bandwidth, half of PCIe's "
     "sum of both directions, which is what joins the cards (bridges join two at most, and are not counted on); memory: "
-    "openxla/xla gpu/target_config/specs/{1}.txtpb or the data sheet, of it 0.92; network: one adapter per GPU, assumed"
+    "{1}, of it 0.92; network: one adapter per GPU, assumed"
 )
 _GB200 = (
     "NVIDIA {0} NVL72 data sheet, per GPU: dense FLOP/s without sparsity, half of NVLink's and NVLink-C2C's sum of "
-    "both directions, 72 GPUs in a domain; memory and its bandwidth: openxla/xla gpu/target_config/specs/{1}.txtpb, of "
+    "both directions, 72 GPUs in a domain; memory and its bandwidth: {1}, of "
     "the memory 0.92; network: 400 Gb/s a GPU"
 )
 #: Share of a GPU's memory that JAX is told to take, the rest being left to CUDA, NCCL and cuDNN. An assumption.
@@ -123,9 +123,10 @@ def _gpu(
 ) -> Chip:  # fmt: skip
     flops = {"bfloat16": bfloat16, "float32": float32}
     board = name.split("-")[0].upper()
+    memory_source = f"openxla/xla gpu/target_config/specs/{spec}.txtpb" if spec else "the data sheet"
     return Chip(
         name, "gpu", kinds, flops, memory * _GPU_SHARE, hbm, link, 0, 0, most, network, host, *efficiency,
-        source.format(board, spec, board),
+        source.format(board, memory_source, board),
     )  # fmt: skip
 
 

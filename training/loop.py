@@ -91,10 +91,7 @@ def train(
         RunError: a checkpoint is corrupt, the disk is full; or the guard stopped the run.
     """
     config = config.resolve(data)
-    mesh = config.mesh.build()
-    config.check_mesh(mesh.shape)
-    config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
-    memory.check(config, mesh)
+    mesh = _mesh(config)
     loader = make_loader(config, data, mesh)
     data.check_files()
     lead = distributed.is_lead()
@@ -175,6 +172,15 @@ def train(
         reason: Any = "finished" if finished else "interrupted" if done < end else "stopped"
         ledger("finish" if finished else "stop", step=done, reason=reason)
         return log.outcome(reason, done, begin if parent else None)
+
+
+def _mesh(config: RunConfig) -> Mesh:
+    """The mesh of a resolved config, over all devices; UserError, before any compile, where the run cannot be on it."""
+    mesh = config.mesh.build()
+    config.check_mesh(mesh.shape)
+    config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
+    memory.check(config, mesh)
+    return mesh
 
 
 def make_loader(config: RunConfig, data: TokenData, mesh: Mesh) -> Loader:
@@ -565,10 +571,7 @@ class StopRequest:
 def time_steps(config: RunConfig, data: TokenData, num_steps: int, on_step: Callable[[int], None]) -> dict[str, Any]:
     """Time ``num_steps`` training steps without touching the disk: compile time, step time, tokens/s, MFU, memory."""
     config = config.resolve(data)
-    mesh = config.mesh.build()
-    config.check_mesh(mesh.shape)
-    config.region(mesh.devices.flat[0].platform)  # refuses an attention kernel that cannot run there
-    memory.check(config, mesh)
+    mesh = _mesh(config)
     distributed.check_same("train", {"config": config.to_dict(), "data manifest": data.sha256, "--steps": num_steps})
     program = Program.plan(config, mesh).compile()
     distributed.together()

@@ -21,7 +21,7 @@ from inference.sampling import Sampling
 from layers import params
 from layers.region import Region
 from models import families
-from tests.amber_jax.test_transformers import TOLERANCE
+from tests.amber_jax.test_transformers import TOLERANCE, random_llama
 from tests.training.ways import check_gradients, mesh_of
 from training.config import model_from_dict, model_to_dict
 from training.step import batch_sharding, make_loss_and_gradients
@@ -125,22 +125,6 @@ def test_what_is_no_model_is_refused(change, message):
         dataclasses.replace(TINY, **change)
 
 
-def theirs(**more):
-    """transformers' Llama with every parameter random, and its logits of TOKENS."""
-    torch = pytest.importorskip("torch", reason="compares with transformers on torch; make parity")
-    transformers = pytest.importorskip("transformers", reason="compares with it; make parity")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
-        max_position_embeddings=32, pad_token_id=None, attn_implementation="eager", **more,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
-        return model, model(torch.from_numpy(TOKENS)).logits.numpy()
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -151,7 +135,10 @@ def theirs(**more):
     ids=["grouped", "llama3", "tied"],
 )
 def test_logits_are_those_of_transformers_and_folders_go_in_and_out(more, tmp_path, capsys):
-    model, expected = theirs(**more)
+    model, expected = random_llama(
+        TOKENS, 0.2, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        max_position_embeddings=32, pad_token_id=None, **more,
+    )  # fmt: skip
     model.save_pretrained(tmp_path / "theirs")
     folder = Folder(tmp_path / "theirs")
     config = FORMAT.config_from_hf(folder.config)

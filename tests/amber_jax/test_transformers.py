@@ -24,12 +24,23 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 TOKENS = np.random.default_rng(2).integers(0, 100, (2, 40))  # also token 0, the padding
 
 
-@pytest.fixture(scope="module")
-def llama():
-    """transformers' Llama with every parameter random, and its logits of TOKENS."""
+def random_llama(tokens, spread, **config):
+    """transformers' Llama of a config with every parameter random, and its logits of some tokens."""
     torch = pytest.importorskip("torch", reason="compares with transformers on torch; pip install -e '.[parity]'")
     transformers = pytest.importorskip("transformers", reason="compares with it; pip install -e '.[parity]'")
-    config = transformers.LlamaConfig(
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(attn_implementation="eager", **config)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
+        return model, model(torch.from_numpy(tokens)).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return random_llama(
+        TOKENS,
+        0.1,
         vocab_size=100,
         hidden_size=56,
         intermediate_size=151,
@@ -39,14 +50,7 @@ def llama():
         rms_norm_eps=1e-5,
         rope_theta=5000.0,
         pad_token_id=0,
-        attn_implementation="eager",
     )
-    model = transformers.LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
-        return model, model(torch.from_numpy(TOKENS)).logits.numpy()
 
 
 @pytest.mark.parametrize("how", ["safetensors", "shards", "bin"])
