@@ -56,8 +56,8 @@ class Size:
     """Sequences of each chunk that are looked for in what the model says."""
 
 
-#: As many tokens as 150 steps of the recipe's 16 sequences, in twice as many steps of half: those 150 ended between 5.04
-#: and 5.39, as the text of the machine would have it, and these between 4.69 and 4.99 (from 7.65).
+#: As many tokens as 150 steps of the recipe's 16 sequences, in twice as many steps of half: those 150 ended between
+#: 5.04 and 5.39, as the text of the machine would have it, and these between 4.69 and 4.99 (from 7.65).
 FULL = Size(
     chunks=12,
     steps_per_chunk=24,
